@@ -1,0 +1,222 @@
+"""The class-conditional normalizing flow F of DeGIA: eq. (2), (3) and (8) of the paper.
+
+A flow model is a (prior, invertible map) pair: `Flow` maps an image x to z = F(x), `Prior` knows log p_Z(z, c).
+
+    x            image (B,C,S,S) in [0,1]; S a multiple of 4, averaged down to S by the caller
+    y            (255 x + u)/256, u ~ U[0,1): dequantised image, also in [0,1]
+    z            latent code (B,D), D = C S^2, the factored-out parts of all scales side by side
+    c            class (B,) int64
+    G_m, G_std   learned mean and standard deviation of each class;  H_m  noise shift, an MLP of n ~ N(0, I)
+    mu_c = gamma G_m(c) + lambda H_m(n),   Sigma_c = G_std(c)                                     (8)
+
+Each layer returns (output, log |det d output / d input|), the latter (B,) or a scalar that is the same for all;
+`inverse` is the mirror image of `forward`. log-likelihoods are of y, in nats; `bits_per_dim` adds the 256 levels.
+The networks inside the couplings may run in bfloat16 under autocast; everything else is float32.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as nnf
+
+SQUEEZED_LOGIT = .05  # eps of logit(eps + (1 - 2 eps) y): a bare logit overflows at white pixels
+NOISE_DIM = 16        # dimension of n in H_m(n)
+
+
+def squeeze(x):
+    """Fold 2x2 pixels into channels: (B,C,H,W) -> (B,4C,H/2,W/2)."""
+    return nnf.pixel_unshuffle(x, 2)
+
+
+def unsqueeze(x):
+    """Inverse of `squeeze`."""
+    return nnf.pixel_shuffle(x, 2)
+
+
+class ActNorm(nn.Module):
+    """y = exp(log_scale) (x - shift) per channel, set by the first training batch to mean 0 and deviation 1.
+
+    That it has been set is a buffer: it must survive a checkpoint, or a reloaded flow would set itself anew.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.log_scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.register_buffer("is_set", torch.tensor(False))
+
+    @torch.no_grad()
+    def set_from(self, x):
+        self.shift.copy_(x.mean((0, 2, 3), keepdim=True))
+        self.log_scale.copy_(-torch.log(x.std((0, 2, 3), keepdim=True) + 1e-3))
+        self.is_set.fill_(True)
+
+    def forward(self, x):
+        return (x - self.shift) * self.log_scale.exp(), self.log_scale.sum() * x[0, 0].numel()
+
+    def inverse(self, y):
+        return y * (-self.log_scale).exp() + self.shift
+
+
+class Invertible1x1(nn.Module):
+    """y = W x at every pixel; log |det| = H W log |det W|. W starts as a random rotation."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0].contiguous())
+
+    def forward(self, x):
+        y = torch.einsum("ij,bjhw->bihw", self.weight, x)
+        return y, torch.linalg.slogdet(self.weight)[1] * x[0, 0].numel()
+
+    def inverse(self, y):
+        return torch.einsum("ij,bjhw->bihw", torch.linalg.inv(self.weight), y)
+
+
+class AffineCoupling(nn.Module):
+    """y_a = x_a;  y_b = exp(s(x_a)) x_b + t(x_a), |s| < bound;  log |det| = sum s.
+
+    The last layer starts at zero, so that the coupling starts as the identity.
+    """
+
+    def __init__(self, channels, hidden, bound=2.):
+        super().__init__()
+        self.bound, self.kept = bound, channels // 2
+        changed = channels - self.kept
+        self.net = nn.Sequential(nn.Conv2d(self.kept, hidden, 3, padding=1), nn.ReLU(),
+                                 nn.Conv2d(hidden, hidden, 1), nn.ReLU(),
+                                 nn.Conv2d(hidden, 2 * changed, 3, padding=1))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def scale_and_shift(self, x_a):
+        s, t = self.net(x_a).float().chunk(2, 1)
+        return self.bound * torch.tanh(s / self.bound), t
+
+    def forward(self, x):
+        x_a, x_b = x[:, :self.kept], x[:, self.kept:]
+        s, t = self.scale_and_shift(x_a)
+        return torch.cat([x_a, x_b * s.exp() + t], 1), s.sum((1, 2, 3))
+
+    def inverse(self, y):
+        y_a, y_b = y[:, :self.kept], y[:, self.kept:]
+        s, t = self.scale_and_shift(y_a)
+        return torch.cat([y_a, (y_b - t) * (-s).exp()], 1)
+
+
+class Prior(nn.Module):
+    """p_Z(z, c) = N(mu_c, Sigma_c) with the learned means and deviations of eq. (8)."""
+
+    def __init__(self, dim, classes, gamma=1., lam=.1):
+        super().__init__()
+        self.gamma, self.lam = gamma, lam
+        self.G_m = nn.Embedding(classes, dim)
+        self.log_G_std = nn.Embedding(classes, dim)
+        self.H_m = nn.Sequential(nn.Linear(NOISE_DIM, 64), nn.Tanh(), nn.Linear(64, dim))
+        nn.init.normal_(self.G_m.weight, std=.1)
+        nn.init.zeros_(self.log_G_std.weight)
+
+    def mean(self, c):
+        """gamma G_m(c), the mean without the noise shift (B,D)."""
+        return self.gamma * self.G_m(c)
+
+    def std(self, c):
+        """G_std(c) (B,D), kept in exp([-2, .5]): F could otherwise scale the noise of eq. (8) away."""
+        return self.log_G_std(c).clamp(-2, .5).exp()
+
+    def shift(self, n):
+        """lambda H_m(n) (B,D) for noise n (B,NOISE_DIM), of mean 0 and root mean square lambda over the batch.
+
+        Maximum likelihood would otherwise shrink the shift to nothing, or turn it into a constant.
+        """
+        h = self.H_m(n).float()
+        h = h - h.mean(0)
+        return self.lam * h / h.square().mean().add(1e-8).sqrt()
+
+    def log_prob(self, z, c, shift=0.):
+        """log N(z; gamma G_m(c) + shift, G_std(c)^2), summed over dimensions: (B,) nats."""
+        std = self.std(c)
+        error = (z - self.mean(c) - shift) / std
+        return (-.5 * error.square() - std.log() - .5 * math.log(2 * math.pi)).sum(1)
+
+
+class Flow(nn.Module):
+    """F: levels of [squeeze, `steps` times (ActNorm, 1x1, coupling), factor half out] behind a squeezed logit."""
+
+    def __init__(self, channels, size, classes, levels=2, steps=4, hidden=64, gamma=1., lam=.1):
+        super().__init__()
+        if size % 2 ** levels:
+            raise ValueError(f"flow size {size} is not a multiple of {2 ** levels}: "
+                             f"choose another --flow-size or fewer --flow-levels")
+        self.shape, self.dim = (channels, size, size), channels * size * size
+        self.levels = nn.ModuleList()
+        for level in range(levels):
+            channels = channels * 4
+            self.levels.append(nn.ModuleList([layer for _ in range(steps) for layer in (
+                ActNorm(channels), Invertible1x1(channels), AffineCoupling(channels, hidden))]))
+            if level < levels - 1:
+                channels = channels // 2
+        self.prior = Prior(self.dim, classes, gamma, lam)
+
+    def forward(self, x, u):
+        """z = F(x) (B,D) and log |det dz/dy| (B,) of images x (B,C,S,S) in [0,1] dequantised by u in [0,1)."""
+        y = (255 * x.float() + u) / 256
+        y = SQUEEZED_LOGIT + (1 - 2 * SQUEEZED_LOGIT) * y
+        h = torch.logit(y)
+        log_det = (math.log(1 - 2 * SQUEEZED_LOGIT) - torch.log(y) - torch.log1p(-y)).sum((1, 2, 3))
+        z = []
+        for i, level in enumerate(self.levels):
+            h = squeeze(h)
+            for layer in level:
+                if self.training and isinstance(layer, ActNorm) and not layer.is_set:
+                    layer.set_from(h)
+                h, change = layer(h)
+                log_det = log_det + change
+            if i < len(self.levels) - 1:
+                out, h = h.chunk(2, 1)
+                z.append(out.flatten(1))
+        return torch.cat([*z, h.flatten(1)], 1), log_det
+
+    @torch.autocast("cuda", enabled=False)
+    @torch.autocast("cpu", enabled=False)
+    def inverse(self, z):
+        """x with F(x) = z before rounding: y = (255 x + u)/256 (B,C,S,S), in float32."""
+        channels, size, _ = self.shape
+        shapes = []
+        for i in range(len(self.levels)):
+            channels, size = channels * 4, size // 2
+            if i < len(self.levels) - 1:
+                channels = channels // 2
+            shapes.append((channels, size, size))
+        parts = [p.view(-1, *s) for p, s in zip(z.split([math.prod(s) for s in shapes], 1), shapes)]
+        h = parts.pop()
+        for i, level in reversed(list(enumerate(self.levels))):
+            if i < len(self.levels) - 1:
+                h = torch.cat([parts.pop(), h], 1)
+            for layer in reversed(level):
+                h = layer.inverse(h)
+            h = unsqueeze(h)
+        return (torch.sigmoid(h) - SQUEEZED_LOGIT) / (1 - 2 * SQUEEZED_LOGIT)
+
+    def log_prob(self, x, c, u, shift=0.):
+        """log p_X(x | c) = log p_Z(z, c) + log |det dF/dx|, eq. (2): (B,) nats of the dequantised image."""
+        z, log_det = self(x, u)
+        return self.prior.log_prob(z, c, shift) + log_det
+
+    @torch.no_grad()
+    def sample(self, c, generator):
+        """Images (B,C,S,S) in {0, 1/255, ..., 1} of classes c: z ~ N(mu_c, Sigma_c), x = floor(256 F^-1(z))/255."""
+        n = torch.randn(len(c), NOISE_DIM, generator=generator, device=c.device)
+        eps = torch.randn(len(c), self.dim, generator=generator, device=c.device)
+        z = self.prior.mean(c) + self.prior.shift(n) + self.prior.std(c) * eps
+        return (self.inverse(z) * 256).floor().clamp(0, 255) / 255
+
+
+def bits_per_dim(log_prob, dim):
+    """Bits per dimension of the 8-bit image from nats of the dequantised one: the 256 levels counted once."""
+    return 8 - log_prob / (dim * math.log(2))
+
+
+def gaussian_w2(mean_1, std_1, mean_2, std_2):
+    """Squared 2-Wasserstein distance of diagonal Gaussians per dimension: mean of (m1 - m2)^2 + (s1 - s2)^2."""
+    return ((mean_1 - mean_2).square() + (std_1 - std_2).square()).mean()
