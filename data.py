@@ -9,9 +9,13 @@ A *look* turns grey digits (white on black) into colour images of another domain
 """
 import gzip
 import hashlib
+import math
+import os
 import struct
 import urllib.error
 import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,16 +90,17 @@ def make_digits(n, size, seed, device="cpu"):
     for row, (_, curves) in enumerate(DIGITS):
         for k in range(2):  # a digit with one stroke draws it twice: the maximum does not change
             strokes[row, k] = torch.from_numpy(_curve(curves[min(k, len(curves) - 1)], CURVE_POINTS))
+    strokes = strokes.to(device)
+    variants = [[row for row, digit in enumerate(DIGITS) if digit[0] == c] for c in range(10)]
+    variants = torch.tensor([[rows[0], rows[-1]] for rows in variants], device=device)
     images, labels = [], []
     for count in [min(500, n - i) for i in range(0, n, 500)]:
         def uniform(low, high, *shape):
             return low + (high - low) * torch.rand(count, *shape, generator=gen, device=device)
 
         label = torch.randint(10, (count,), generator=gen, device=device)
-        variants = torch.tensor([[[i for i, d in enumerate(DIGITS) if d[0] == c][j % sum(d[0] == c for d in DIGITS)]
-                                  for j in range(2)] for c in range(10)], device=device)
         row = variants[label, torch.randint(2, (count,), generator=gen, device=device)]
-        p = strokes.to(device)[row] - .5  # (n,2,P,2), centred
+        p = strokes[row] - .5  # (n,2,P,2), centred
         knots = uniform(-.07, .07, 4, 5)  # jittered control points, spread along the stroke
         p = p + nnf.interpolate(knots, size=CURVE_POINTS, mode="linear", align_corners=True) \
             .view(count, 2, 2, CURVE_POINTS).transpose(-1, -2)
@@ -211,3 +216,212 @@ def apply_look(name, digit, seed):
     """Colour images (B,3,H,W) in [0,1] of grey digits (B,1,H,W), white on black, in the named look."""
     gen = torch.Generator(digit.device).manual_seed(seed * len(LOOKS) + list(LOOKS).index(name))
     return torch.cat([LOOKS[name](part, gen) for part in digit.split(500)])
+
+
+# ---------------------------------------------------------------- real digits
+
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_MD5 = {"train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+             "train-labels-idx1-ubyte": "d53e105ee54ea40749a09fcbcd1e9432",
+             "t10k-images-idx3-ubyte": "9fb629c4189551a2d022fa330f9573f3",
+             "t10k-labels-idx1-ubyte": "ec29112dd5afa0611ce80d1b7f02629c"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+
+
+def download_mnist(folder):
+    """Fetch the four files of MNIST that the folder lacks, each checked against its MD5.
+
+    Raises ValueError: no network, or a file that is not the published one; nothing partial is left behind.
+    """
+    folder = Path(folder)
+    for name, md5 in MNIST_MD5.items():
+        target = folder / f"{name}.gz"
+        if target.exists() or (folder / name).exists():
+            continue
+        try:
+            with urllib.request.urlopen(MNIST_URL + target.name, timeout=60) as reply:
+                content = reply.read()
+        except (urllib.error.URLError, OSError) as error:
+            raise ValueError(f"{MNIST_URL}{target.name}: cannot be fetched ({error}); "
+                             f"put the four MNIST files into {folder} yourself and leave out --download") from None
+        if hashlib.md5(content).hexdigest() != md5:
+            raise ValueError(f"{MNIST_URL}{target.name}: checksum is not that of MNIST; get the file elsewhere")
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".part")
+        partial.write_bytes(content)
+        partial.replace(target)
+
+
+def read_idx(folder, name, dims):
+    """The array in the IDX file folder/name or folder/name.gz, uint8 with `dims` dimensions.
+
+    Raises ValueError: missing, truncated, or not an IDX file of that kind.
+    """
+    path = next((p for p in (Path(folder) / name, Path(folder) / f"{name}.gz") if p.exists()), None)
+    if path is None:
+        raise ValueError(f"{folder}: no {name} or {name}.gz; name a folder with the four MNIST files, or --download")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from None
+    header = 4 + 4 * dims
+    if len(content) < header or content[:4] != bytes([0, 0, 8, dims]):
+        raise ValueError(f"{path}: not an IDX file of bytes with {dims} dimensions; fetch it again")
+    shape = struct.unpack(f">{dims}I", content[4:header])
+    if len(content) - header != math.prod(shape):
+        raise ValueError(f"{path}: holds {len(content) - header} bytes where its header says {math.prod(shape)}; "
+                         f"it is truncated or damaged, fetch it again")
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
+def load_mnist(folder, split, size):
+    """Images (N,1,size,size) float in [0,1] and labels (N,) int64 of MNIST's split, "train" or "t10k"."""
+    images = read_idx(folder, f"{split}-images-idx3-ubyte", 3)
+    labels = read_idx(folder, f"{split}-labels-idx1-ubyte", 1)
+    if len(images) != len(labels) or not len(images):
+        raise ValueError(f"{folder}: {len(images)} {split} images but {len(labels)} labels; fetch the files again")
+    if labels.max() > 9:
+        raise ValueError(f"{folder}/{split}-labels-idx1-ubyte: label {labels.max()} of image {labels.argmax()} "
+                         f"is outside 0-9; fetch the file again")
+    images = torch.from_numpy(images.copy())[:, None]
+    return torch.cat([resize(part, size) for part in images.split(2000)]), torch.from_numpy(labels.astype(np.int64))
+
+
+def resize(images, size):
+    """uint8 images (B,C,H,W) to float (B,C,size,size) in [0,1], as Pillow's antialiased bilinear resize does."""
+    images = images.float() / 255
+    if images.shape[-2:] == (size, size):
+        return images
+    return nnf.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=True).clamp(0, 1)
+
+
+def to_uint8(images):
+    """Images in [0,1] rounded to their 256 levels."""
+    return (images * 255).round().to(torch.uint8)
+
+
+def open_rgb(path):
+    """The image file as an upright RGB PIL image. Raises ValueError that names a file which cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable image ({error}); remove or replace it") from None
+
+
+def list_images(folder):
+    """The image files of a folder, sorted. Raises ValueError if there are none."""
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ValueError(f"{folder}: no image files ({', '.join(sorted(IMAGE_SUFFIXES))}); name another folder")
+    return files
+
+
+def cached_images(files, size, cache):
+    """The files as one read-only memory map (N,size,size,3) uint8, decoded in parallel once and kept in `cache`.
+
+    The cache's name holds a hash of every path, length and time of change; an interrupted decoding leaves nothing.
+    """
+    stats = [(str(f.resolve()), s.st_size, s.st_mtime_ns) for f in files for s in [f.stat()]]
+    target = Path(cache) / f"{hashlib.sha256(repr((size, stats)).encode()).hexdigest()[:16]}.npy"
+    if not target.exists():
+        made = not target.parent.exists()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.part")
+        try:
+            store = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), size, size, 3))
+
+            def decode(i):
+                store[i] = open_rgb(files[i]).resize((size, size), Image.Resampling.BILINEAR)
+
+            with ThreadPoolExecutor() as pool:
+                for _ in pool.map(decode, range(len(files))):
+                    pass
+            store.flush()
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            if made:
+                target.parent.rmdir()
+            raise
+    return np.load(target, mmap_mode="r")
+
+
+def load_mnist_m(folder, size, cache):
+    """Images (N,3,size,size) uint8 and labels of MNIST-M in the release's layout; its test split if it is there.
+
+    Raises ValueError: a label line that is not `name digit`, a label outside 0-9, an image missing or unreadable.
+    """
+    split = next((s for s in ("test", "train") if (Path(folder) / f"mnist_m_{s}").is_dir()), None)
+    table = Path(folder) / f"mnist_m_{split}_labels.txt"
+    if not table.exists():
+        raise ValueError(f"{table}: missing; MNIST-M has a folder mnist_m_{split} and this list beside it")
+    files, labels = [], []
+    for number, line in enumerate(table.read_text().splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        if len(words) != 2 or words[1] not in "0123456789" or len(words[1]) != 1:
+            raise ValueError(f"{table}, line {number}: {line[:60]!r} is not `name digit` with a digit 0-9; correct it")
+        files.append(Path(folder) / f"mnist_m_{split}" / words[0])
+        if not files[-1].is_file():
+            raise ValueError(f"{files[-1]}: missing, named in {table}, line {number}; add it or remove the line")
+        labels.append(int(words[1]))
+    if not files:
+        raise ValueError(f"{table}: empty; it needs a line `name digit` for each image")
+    images = torch.from_numpy(np.array(cached_images(files, size, cache))).permute(0, 3, 1, 2)
+    return images, torch.tensor(labels)
+
+
+def make_mnist_m(digit, photos, seed):
+    """|photograph - digit|: grey digits (B,1,S,S) over random S x S crops of a folder's photographs: (B,3,S,S)."""
+    rng, size = np.random.default_rng(seed), digit.shape[-1]
+    scenes = []
+    for path in list_images(photos):
+        scene = np.asarray(open_rgb(path))
+        if min(scene.shape[:2]) < size:
+            raise ValueError(f"{path}: {scene.shape[1]}x{scene.shape[0]} is smaller than a {size}x{size} crop; "
+                             f"remove it")
+        scenes.append(scene)
+    crops = []
+    for _ in range(len(digit)):
+        scene = scenes[rng.integers(len(scenes))]
+        top, left = (rng.integers(side - size + 1) for side in scene.shape[:2])
+        crops.append(scene[top:top + size, left:left + size])
+    return (torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255 - digit).abs()
+
+
+def load_digits(data, unseen, size, count, seed, validate, cache):
+    """The digit task: training images and labels, and the domains to measure on.
+
+    data       "embedded" or a folder with MNIST
+    unseen     folders: MNIST-M in the release's layout, or photographs (MNIST-M is then made from MNIST's test set)
+    validate   measure on held-out training digits and the development looks: for choosing settings
+    Returns train (N,3,S,S) uint8, labels (N,), and {domain: (images uint8, labels)}, "source" first.
+    """
+    if data == "embedded":
+        digit, label = make_digits(count, size, 2 * seed)
+        # The digits that are measured do not depend on the seed of the run.
+        test_digit, test_label = make_digits(2000, size, 999_001 if validate else 999_002)
+    else:
+        if not Path(data).is_dir():
+            raise ValueError(f"{data}: no such folder; --data takes a folder with the MNIST files, or add --download")
+        digit, label = load_mnist(data, "train", size)
+        if count + 2000 * validate > len(digit):
+            raise ValueError(f"--train {count}: MNIST's training set has {len(digit)} digits, "
+                             f"2,000 of them held out by --validate; ask for fewer")
+        test_digit, test_label = (digit[-2000:], label[-2000:]) if validate else load_mnist(data, "t10k", size)
+        digit, label = digit[:count], label[:count]
+    domains = {"source": (to_uint8(apply_look("source", test_digit, 0)), test_label)}
+    if validate or not unseen and data == "embedded":
+        for name in LOOKS_DEV if validate else LOOKS_UNSEEN:
+            domains[name] = (to_uint8(apply_look(name, test_digit, 7)), test_label)
+    for folder in () if validate else unseen:
+        name = Path(folder).resolve().name
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder}: no such folder; --unseen takes MNIST-M or a folder of photographs")
+        if any((Path(folder) / f"mnist_m_{split}").is_dir() for split in ("train", "test")):
+            domains[name] = load_mnist_m(folder, size, cache)
+        else:
+            domains[name] = (to_uint8(make_mnist_m(test_digit, folder, 0)), test_label)
+    return to_uint8(apply_look("source", digit, 0)).contiguous(), label, domains

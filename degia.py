@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 
-from flows import gaussian_w2
+from flows import Flow, gaussian_w2
 
 
 class LeNet(nn.Module):
@@ -57,6 +57,30 @@ def ascend(x_src, objective, K, eta, blur):
     for _ in range(K):
         x = x.detach().requires_grad_()
         g, = torch.autograd.grad(objective(x), x)
-        g = nnf.avg_pool2d(g, blur, 1, blur // 2)
+        g = nnf.avg_pool2d(g, blur, 1, blur // 2, count_include_pad=False)
         x = (x + eta * g / g.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-20)).clamp(0, 1)
     return x.detach()
+
+
+def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
+    """Eq. (7) summed over images: l(x, y, c) - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ].
+
+    x (B,3,H,W) of ONE class c (B,); feature_src (B,T) = M(x_src); u, shift as in `Flow.log_prob`, held during an
+    ascent. The features' distance is a mean over features, d is per dimension. F None leaves out -log p and d: what
+    remains is adversarial data augmentation.
+    """
+    output, feature = M(x)
+    loss = task_loss(output, y)
+    distance = (feature.float() - feature_src).square().mean(1)
+    if F is not None:
+        z, log_det = F(flow_view(x, F.shape), u)
+        loss = loss - density * (F.prior.log_prob(z, c, shift) + log_det) / F.dim
+        distance = distance + gaussian_w2(z.mean(0), z.std(0), F.prior.mean(c[0]), F.prior.std(c[0]))
+    return (loss - alpha * distance).sum()
+
+
+def build(o):
+    """M and F of the options o, as they are when training starts."""
+    M = LeNet(10, o.size)
+    F = Flow(o.flow_channels, o.flow_size, 10, steps=o.flow_steps, hidden=o.flow_hidden, gamma=o.gamma, lam=o.lam)
+    return M, F

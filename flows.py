@@ -46,7 +46,7 @@ class ActNorm(nn.Module):
         self.register_buffer("is_set", torch.tensor(False))
 
     @torch.no_grad()
-    def set_from(self, x):
+    def initialise(self, x):
         self.shift.copy_(x.mean((0, 2, 3), keepdim=True))
         self.log_scale.copy_(-torch.log(x.std((0, 2, 3), keepdim=True) + 1e-3))
         self.is_set.fill_(True)
@@ -147,7 +147,7 @@ class Flow(nn.Module):
         super().__init__()
         if size % 2 ** levels:
             raise ValueError(f"flow size {size} is not a multiple of {2 ** levels}: "
-                             f"choose another --flow-size or fewer --flow-levels")
+                             f"choose another --flow-size")
         self.shape, self.dim = (channels, size, size), channels * size * size
         self.levels = nn.ModuleList()
         for level in range(levels):
@@ -158,8 +158,11 @@ class Flow(nn.Module):
                 channels = channels // 2
         self.prior = Prior(self.dim, classes, gamma, lam)
 
-    def forward(self, x, u):
-        """z = F(x) (B,D) and log |det dz/dy| (B,) of images x (B,C,S,S) in [0,1] dequantised by u in [0,1)."""
+    def forward(self, x, u, before=None):
+        """z = F(x) (B,D) and log |det dz/dy| (B,) of images x (B,C,S,S) in [0,1] dequantised by u in [0,1).
+
+        `before(layer, h)` is called before each layer, with its input.
+        """
         y = (255 * x.float() + u) / 256
         y = SQUEEZED_LOGIT + (1 - 2 * SQUEEZED_LOGIT) * y
         h = torch.logit(y)
@@ -168,14 +171,19 @@ class Flow(nn.Module):
         for i, level in enumerate(self.levels):
             h = squeeze(h)
             for layer in level:
-                if self.training and isinstance(layer, ActNorm) and not layer.is_set:
-                    layer.set_from(h)
+                if before is not None:
+                    before(layer, h)
                 h, change = layer(h)
                 log_det = log_det + change
             if i < len(self.levels) - 1:
                 out, h = h.chunk(2, 1)
                 z.append(out.flatten(1))
         return torch.cat([*z, h.flatten(1)], 1), log_det
+
+    @torch.no_grad()
+    def initialise(self, x, u):
+        """Let every ActNorm that has not been set yet set itself from the batch x."""
+        self(x, u, lambda layer, h: layer.initialise(h) if isinstance(layer, ActNorm) and not layer.is_set else None)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)

@@ -1,0 +1,234 @@
+"""Measure a trained run, draw its pictures, apply it to your own images.
+
+    python eval.py runs/degia                                  its own data: table and pictures again
+    python eval.py runs/degia --data mnist --unseen mnist_m    other data
+    python eval.py runs/degia --images a.png b.png             the digit on each of your images
+
+The networks are rebuilt from the configuration that the checkpoint carries. Pictures are drawn with Pillow:
+`grid` puts images side by side, `plot` draws the curves of a log.
+"""
+import argparse
+import csv
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import data
+import degia
+from flows import bits_per_dim
+
+FORMAT = "degia and geomreg, 1"
+COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207)]
+
+
+# ---------------------------------------------------------------- pictures
+
+def text_at(draw, xy, text, size=14, fill=(0, 0, 0)):
+    draw.text(xy, text, fill=fill, font=ImageFont.load_default(size))
+
+
+def grid(rows, labels, path, scale=2, captions=None):
+    """Write images side by side: rows of lists of (C,H,W) in [0,1], a label before each row, captions under images."""
+    height, width = rows[0][0].shape[-2] * scale, rows[0][0].shape[-1] * scale
+    margin, foot = 10 + 8 * max(map(len, labels)), 18 if captions else 0
+    sheet = Image.new("RGB", (margin + max(map(len, rows)) * (width + 4), len(rows) * (height + foot + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (row, label) in enumerate(zip(rows, labels)):
+        top = i * (height + foot + 4)
+        text_at(draw, (4, top + height // 2 - 8), label)
+        for j, image in enumerate(row):
+            pixels = data.to_uint8(image.expand(3, -1, -1).cpu()).permute(1, 2, 0).numpy()
+            left = margin + j * (width + 4)
+            sheet.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top))
+            if captions:
+                word, right = captions[i][j]
+                text_at(draw, (left + 2, top + height), word, 14, (0, 110, 0) if right else (200, 0, 0))
+    sheet.save(path)
+
+
+def plot(table, columns, path, size=(460, 260)):
+    """Write one panel per column of a table {name: [numbers]} over its `step`, each with its range and last value."""
+    width, height = size
+    sheet = Image.new("RGB", (width * len(columns), height), "white")
+    draw = ImageDraw.Draw(sheet)
+    steps = table["step"]
+    for i, name in enumerate(columns):
+        values = table[name]
+        low, high = min(values), max(values)
+        left, right, top, bottom = i * width + 62, (i + 1) * width - 16, 34, height - 34
+        span = max(high - low, 1e-9)
+        draw.rectangle((left, top, right, bottom), outline=(170, 170, 170))
+        points = [(left + (right - left) * s / steps[-1], bottom - (bottom - top) * (v - low) / span)
+                  for s, v in zip(steps, values)]
+        draw.line(points, fill=COLOURS[i % len(COLOURS)], width=2, joint="curve")
+        text_at(draw, (left, 10), f"{name}   last {values[-1]:.4g}")
+        text_at(draw, (i * width + 6, top - 6), f"{high:.4g}", 12)
+        text_at(draw, (i * width + 6, bottom - 10), f"{low:.4g}", 12)
+        text_at(draw, (left, bottom + 6), "step 0", 12)
+        text_at(draw, (right - 40, bottom + 6), str(int(steps[-1])), 12)
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------- measures
+
+class Compute:
+    """The device and the precision of a run; auto: bf16 on CUDA and on CPUs that multiply it (AMX, AVX512-BF16)."""
+
+    def __init__(self, dtype):
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
+        able = torch.cpu.get_capabilities()
+        fast = self.device.type == "cuda" or able.get("amx_bf16") or able.get("avx512_bf16")
+        self.bf16 = dtype == "bf16" or dtype == "auto" and bool(fast)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def images(self, x):
+        """uint8 images as float in [0,1] on the device, channels last."""
+        return (x.to(self.device).float() / 255).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def predict(M, images, compute):
+    """Digits (N,) that M sees in uint8 images (N,3,S,S)."""
+    M.eval()
+    out = []
+    for part in images.split(500):
+        with compute.autocast():
+            out.append(M(compute.images(part))[0].argmax(1).cpu())
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def flow_bits(F, images, labels, compute):
+    """Mean bits per dimension of what F sees of uint8 images, its prior without the noise shift; float32."""
+    total, g = 0., torch.Generator(compute.device).manual_seed(0)
+    for x, c in zip(images.split(500), labels.split(500)):
+        u = torch.rand(len(x), *F.shape, generator=g, device=compute.device)
+        log_p = F.log_prob(degia.flow_view(compute.images(x), F.shape), c.to(compute.device), u)
+        total += bits_per_dim(log_p, F.dim).sum().item()
+    return total / len(images)
+
+
+def evaluate_degia(o, compute, M, F, domains, folder):
+    """Accuracy of M in percent per domain, bits per dimension of F on the source; pictures of both into folder."""
+    results = {"domains": {}}
+    rows, labels, captions = [], [], []
+    if o.method != "flow":
+        for name, (images, truth) in domains.items():
+            said = predict(M, images, compute)
+            results["domains"][name] = {"accuracy": 100 * (said == truth).float().mean().item()}
+            labels.append(f"{name} {results['domains'][name]['accuracy']:.1f} %")
+            rows.append(list(images[:16].float() / 255))
+            captions.append([(f"{s} ({t})", s == t) for s, t in zip(said[:16].tolist(), truth[:16].tolist())])
+        grid(rows, labels, folder / "domains.png", captions=captions)
+    if o.method in ("degia", "flow"):
+        results["bits_per_dim"] = flow_bits(F, *domains["source"], compute)
+        classes = torch.arange(10, device=compute.device).repeat_interleave(12)
+        samples = F.sample(classes, torch.Generator(compute.device).manual_seed(0))
+        grid([list(s) for s in samples.split(12)], [f"F, class {c}" for c in range(10)], folder / "flow.png",
+             scale=max(2, 56 // F.shape[1]))
+    return results
+
+
+def picture_new_samples(x_src, pool, per_round, path, columns=12):
+    """Write source images (upper row) above the new samples that each max round made of them (lower row)."""
+    rows, labels = [], []
+    for number, first in enumerate(range(0, len(pool["x"]), per_round), 1):
+        part = slice(first, first + min(per_round, columns))
+        rows += [list(x_src[pool["source"][part]].float() / 255), list(pool["x"][part].float() / 255)]
+        labels += ["source", f"round {number}"]
+    grid(rows, labels, path)
+
+
+def picture_curves(folder):
+    """Write the curves of log.csv."""
+    with open(folder / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    table = {name: [float(row[name]) for row in rows] for name in rows[0]}
+    plot(table, [name for name in table if name not in ("step", "seconds")], folder / "curves.png")
+
+
+def print_table(results):
+    """The numbers of results.json, a line per domain."""
+    print(f"\n{results['task']}, method {results['method']}, seed {results['seed']}, {results['steps']} steps")
+    for name, numbers in results["domains"].items():
+        print(f"  {name:16s}" + "".join(f"  {measure} {value:8.3f}" for measure, value in numbers.items()))
+    if "bits_per_dim" in results:
+        print(f"  {'flow F, source':16s}  bits per dimension {results['bits_per_dim']:.3f}")
+
+
+# ---------------------------------------------------------------- a run folder
+
+def load_checkpoint(folder, task=None):
+    """The content of folder/checkpoint.pt. Raises ValueError if it is missing, damaged, foreign or of another task."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise ValueError(f"{path}: no such checkpoint; name the folder of a run that has been trained")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:80]})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a checkpoint of this program; train a run with train.py")
+    if task and content["task"] != task:
+        raise ValueError(f"{path}: is a checkpoint of `{content['task']}`, not of `{task}`; choose another --out")
+    return content
+
+
+def predict_files(o, compute, M, files, folder):
+    """Print the digit that M sees in each file, and draw it on each image."""
+    images = torch.stack([torch.from_numpy(np.array(data.open_rgb(f).resize(
+        (o.size, o.size), Image.Resampling.BILINEAR))).permute(2, 0, 1) for f in files])
+    said = predict(M, images, compute).tolist()
+    for file, digit in zip(files, said):
+        print(f"{file}: {digit}")
+    grid([[image / 255] for image in images], [Path(f).name for f in files], folder / "images.png", 4,
+         [[(str(digit), True)] for digit in said])
+    print(f"written: {folder / 'images.png'}")
+
+
+def exit_on_bad_input(main):
+    """Run main(argv); a ValueError or an OSError becomes one line and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("run", help="folder of a trained run")
+    parser.add_argument("--data", help="measure on this data instead of the run's own")
+    parser.add_argument("--unseen", nargs="+", help="measure on these unseen domains")
+    parser.add_argument("--images", nargs="+", help="apply the run to these image files")
+    args = parser.parse_args(argv)
+    checkpoint = load_checkpoint(args.run)
+    o = SimpleNamespace(**checkpoint["config"])
+    o.data, o.unseen = args.data or o.data, args.unseen or o.unseen
+    compute, folder = Compute(o.dtype), Path(args.run)
+    M, F = (net.to(compute.device, memory_format=torch.channels_last) for net in degia.build(o))
+    M.load_state_dict(checkpoint["state"]["M"])
+    F.load_state_dict(checkpoint["state"]["F"])
+    if args.images:
+        return predict_files(o, compute, M, args.images, folder)
+    _, _, domains = data.load_digits(o.data, o.unseen, o.size, o.train, o.seed, o.validate, folder)
+    results = {"task": "degia", "method": o.method, "seed": o.seed, "steps": checkpoint["step"]}
+    print_table({**results, **evaluate_degia(o, compute, M, F, domains, folder)})
+
+
+if __name__ == "__main__":
+    exit_on_bad_input(main)
