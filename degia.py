@@ -75,7 +75,8 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
     if F is not None:
         z, log_det = F(flow_view(x, F.shape), u)
         loss = loss - density * (F.prior.log_prob(z, c, shift) + log_det) / F.dim
-        distance = distance + gaussian_w2(z.mean(0), z.std(0), F.prior.mean(c[0]), F.prior.std(c[0]))
+        std = z.var(0, correction=0).add(1e-8).sqrt()  # differentiable also where a class has one image
+        distance = distance + gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))
     return (loss - alpha * distance).sum()
 
 

@@ -11,7 +11,6 @@ import argparse
 import csv
 import json
 import os
-import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,8 +177,8 @@ def load_checkpoint(folder, task=None):
         raise ValueError(f"{path}: no such checkpoint; name the folder of a run that has been trained")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0][:80]})") from None
+    except Exception as error:  # what a foreign file makes the unpickler raise depends on its bytes
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}); name another run") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this program; train a run with train.py")
     if task and content["task"] != task:
@@ -209,13 +208,17 @@ def exit_on_bad_input(main):
         os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)
 
 
-def main(argv):
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="folder of a trained run")
     parser.add_argument("--data", help="measure on this data instead of the run's own")
     parser.add_argument("--unseen", nargs="+", help="measure on these unseen domains")
     parser.add_argument("--images", nargs="+", help="apply the run to these image files")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse(argv)
     checkpoint = load_checkpoint(args.run)
     o = SimpleNamespace(**checkpoint["config"])
     o.data, o.unseen = args.data or o.data, args.unseen or o.unseen

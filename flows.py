@@ -90,7 +90,7 @@ class AffineCoupling(nn.Module):
         nn.init.zeros_(self.net[-1].bias)
 
     def scale_and_shift(self, x_a):
-        s, t = self.net(x_a).float().chunk(2, 1)
+        s, t = self.net(x_a).to(x_a.dtype).chunk(2, 1)
         return self.bound * torch.tanh(s / self.bound), t
 
     def forward(self, x):
@@ -112,7 +112,7 @@ class Prior(nn.Module):
         self.gamma, self.lam = gamma, lam
         self.G_m = nn.Embedding(classes, dim)
         self.log_G_std = nn.Embedding(classes, dim)
-        self.H_m = nn.Sequential(nn.Linear(NOISE_DIM, 64), nn.Tanh(), nn.Linear(64, dim))
+        self.H_m = nn.Sequential(nn.Linear(NOISE_DIM, 64), nn.Tanh(), nn.Linear(64, dim, bias=False))
         nn.init.normal_(self.G_m.weight, std=.1)
         nn.init.zeros_(self.log_G_std.weight)
 
@@ -129,7 +129,7 @@ class Prior(nn.Module):
 
         Maximum likelihood would otherwise shrink the shift to nothing, or turn it into a constant.
         """
-        h = self.H_m(n).float()
+        h = self.H_m(n).to(n.dtype)
         h = h - h.mean(0)
         return self.lam * h / h.square().mean().add(1e-8).sqrt()
 
@@ -163,7 +163,7 @@ class Flow(nn.Module):
 
         `before(layer, h)` is called before each layer, with its input.
         """
-        y = (255 * x.float() + u) / 256
+        y = (255 * x + u) / 256
         y = SQUEEZED_LOGIT + (1 - 2 * SQUEEZED_LOGIT) * y
         h = torch.logit(y)
         log_det = (math.log(1 - 2 * SQUEEZED_LOGIT) - torch.log(y) - torch.log1p(-y)).sum((1, 2, 3))

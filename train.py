@@ -116,7 +116,7 @@ def new_samples(o, run, step, M, F, x_src, y_src):
     new = torch.zeros_like(x_src)
     for c in range(run.rank, 10, run.world):
         rows = torch.nonzero(y_src == c)[:, 0]
-        for part in rows.split(ASCENT_BATCH):
+        for part in rows.split(ASCENT_BATCH) if len(rows) else ():
             x, y = run.compute.images(x_src[part]), y_src[part]
             with run.autocast(), torch.no_grad():
                 feature_src = M(x)[1].float()
