@@ -176,7 +176,7 @@ class Flow(nn.Module):
                 h, change = layer(h)
                 log_det = log_det + change
             if i < len(self.levels) - 1:
-                out, h = h.chunk(2, 1)
+                h, out = h.chunk(2, 1)  # what leaves is the half that the last coupling normalised given the rest
                 z.append(out.flatten(1))
         return torch.cat([*z, h.flatten(1)], 1), log_det
 
@@ -200,7 +200,7 @@ class Flow(nn.Module):
         h = parts.pop()
         for i, level in reversed(list(enumerate(self.levels))):
             if i < len(self.levels) - 1:
-                h = torch.cat([parts.pop(), h], 1)
+                h = torch.cat([h, parts.pop()], 1)
             for layer in reversed(level):
                 h = layer.inverse(h)
             h = unsqueeze(h)
