@@ -1,8 +1,9 @@
 """Data: embedded procedural digits and the real sets, as uint8 images (N,3,S,S) with labels.
 
-The embedded digits are drawn by `draw_strokes`: the distance from every pixel to thick line segments. A *look* turns
-grey digits (white on black) into colour images of one domain. Networks train on `source`; UNSEEN looks are measured
-at the end, DEV looks are there to choose settings on. Points are (x, y) pixels, the centre of the top-left is (0, 0).
+The embedded digits are drawn by `draw_strokes`: the distance from every pixel to thick line segments. A
+*look* turns grey digits (white on black) into colour images of one domain. Networks train on `source`; UNSEEN
+looks are measured at the end, DEV looks are there to choose settings on. Points are (x, y) pixels, the first
+one (0, 0).
 """
 import gzip
 import hashlib
@@ -32,9 +33,11 @@ DIGITS = [
     (4, [[(.62, .08), (.4, .34), (.18, .62), (.5, .64), (.84, .62)], [(.62, .08), (.62, .5), (.62, .94)]]),
     (5, [[(.76, .1), (.5, .1), (.3, .12)],
          [(.3, .12), (.27, .45), (.5, .42), (.76, .55), (.74, .8), (.5, .93), (.2, .86)]]),
-    (6, [[(.66, .08), (.38, .26), (.22, .58), (.28, .86), (.54, .93), (.76, .76), (.64, .55), (.4, .56), (.25, .72)]]),
+    (6, [[(.66, .08), (.38, .26), (.22, .58), (.28, .86), (.54, .93), (.76, .76), (.64, .55), (.4, .56),
+          (.25, .72)]]),
     (7, [[(.2, .12), (.5, .12), (.8, .1)], [(.8, .1), (.62, .4), (.5, .66), (.42, .94)]]),
-    (7, [[(.2, .12), (.5, .12), (.8, .1), (.62, .4), (.5, .66), (.42, .94)], [(.36, .52), (.55, .5), (.74, .5)]]),
+    (7, [[(.2, .12), (.5, .12), (.8, .1), (.62, .4), (.5, .66), (.42, .94)],
+         [(.36, .52), (.55, .5), (.74, .5)]]),
     (8, [[(.5, .5), (.26, .36), (.3, .14), (.52, .07), (.72, .18), (.68, .38), (.5, .5)],
          [(.5, .5), (.24, .64), (.28, .88), (.52, .93), (.76, .84), (.74, .64), (.5, .5)]]),
     (9, [[(.74, .28), (.6, .09), (.34, .12), (.24, .34), (.42, .5), (.66, .44), (.74, .28)],
@@ -59,11 +62,12 @@ def _curve(points):
                             + t ** 3 * (3 * b - a - 3 * c + d) / 2
                             for a, b, c, d in zip(p, p[1:], p[2:], p[3:])] + [p[-1:]])
     length = np.r_[0, np.cumsum(np.linalg.norm(np.diff(dense, axis=0), axis=1))]
-    return np.stack([np.interp(np.linspace(0, length[-1], CURVE_POINTS), length, dense[:, i]) for i in (0, 1)], 1)
+    even = np.linspace(0, length[-1], CURVE_POINTS)
+    return np.stack([np.interp(even, length, dense[:, i]) for i in (0, 1)], 1)
 
 
 def draw_strokes(start, end, radius, size, softness=.7):
-    """Coverage (B,1,H,W) in [0,1] of thick segments: max over segments of clamp((radius - distance)/softness + 1/2).
+    """Coverage (B,1,H,W) of thick segments: max over them of (radius - distance)/softness + 1/2, in [0,1].
 
     start, end (B,S,2) pixels; radius (B,S) pixels; size (H,W).
     """
@@ -96,7 +100,8 @@ def make_digits(n, size, seed, device="cpu"):
             return low + (high - low) * torch.rand(count, *shape, generator=gen, device=device)
 
         label = torch.randint(10, (count,), generator=gen, device=device)
-        p = strokes[ways[label, torch.randint(2, (count,), generator=gen, device=device)]] - .5  # (n,2,P,2), centred
+        way = ways[label, torch.randint(2, (count,), generator=gen, device=device)]
+        p = strokes[way] - .5  # (n,2,P,2), centred
         knots = uniform(-.07, .07, 4, 5)  # jittered control points, spread along the stroke
         p = p + nnf.interpolate(knots, size=CURVE_POINTS, mode="linear", align_corners=True) \
             .view(count, 2, 2, CURVE_POINTS).transpose(-1, -2)
@@ -110,7 +115,8 @@ def make_digits(n, size, seed, device="cpu"):
                               scale_x * sin, scale_y * (shear * sin + cos)], -1).view(count, 1, 2, 2)
         p = (p @ linear.transpose(-1, -2) + .5 + uniform(-.07, .07, 1, 1, 2)) * size - .5
         radius = (uniform(.025, .06, 1) * size).expand(-1, 2 * CURVE_POINTS - 2)
-        images.append(draw_strokes(p[:, :, :-1].flatten(1, 2), p[:, :, 1:].flatten(1, 2), radius, (size, size)))
+        start, end = p[:, :, :-1].flatten(1, 2), p[:, :, 1:].flatten(1, 2)
+        images.append(draw_strokes(start, end, radius, (size, size)))
         labels.append(label)
     return torch.cat(images), torch.cat(labels)
 
@@ -121,16 +127,17 @@ def uniform_noise(n, gen):
 
 
 def textures(n, size, gen, roughness=(.5, 1.)):
-    """n coloured natural-looking textures (n,3,size,size) in [0,1]: octaves of noise, mixed colours, a few edges."""
+    """n natural-looking textures (n,3,size,size) in [0,1]: octaves of noise, mixed colours, a few edges."""
     rand = uniform_noise(n, gen)
     fall = roughness[0] + (roughness[1] - roughness[0]) * rand(1, 1, 1)
     noise = torch.zeros(n, 3, size, size, device=gen.device)
     for octave in range(5):
         cells = max(2, round(2 ** (octave + 1) * size / 32))
-        noise += fall ** octave * nnf.interpolate(rand(3, cells, cells) - .5, size=(size, size), mode="bicubic")
+        layer = nnf.interpolate(rand(3, cells, cells) - .5, size=(size, size), mode="bicubic")
+        noise += fall ** octave * layer
     noise = noise / noise.std((1, 2, 3), keepdim=True)
     grey, tint = .05 + .65 * rand(1, 1, 1), .4 * (rand(3, 1, 1) - .5)
-    mix = .8 + .2 * torch.eye(3, device=gen.device) + .6 * (rand(3, 3) - .5)  # a photograph's channels go together
+    mix = .8 + .2 * torch.eye(3, device=gen.device) + .6 * (rand(3, 3) - .5)  # channels mostly go together
     colour = torch.einsum("nij,njhw->nihw", mix, noise) * (.04 + .1 * rand(1, 1, 1)) + grey + tint
     ys, xs = torch.meshgrid(*[torch.linspace(-1, 1, size, device=gen.device)] * 2, indexing="ij")
     for _ in range(2):  # half-planes of another colour: edges, as objects in a photograph make them
@@ -162,7 +169,7 @@ def look_difference(digit, gen):
 
 
 def look_paint(digit, gen):
-    """A digit of one random colour on a shaded ground of another; the ink is the brighter one in six of seven."""
+    """A digit of one colour on a shaded ground of another; the ink is the brighter one in six of seven."""
     ink, paper = two_colours(len(digit), gen)
     swap = ink.mean(1, keepdim=True) < paper.mean(1, keepdim=True)
     swap = swap ^ (uniform_noise(len(digit), gen)(1, 1, 1) < .15)
@@ -219,7 +226,7 @@ def to_uint8(images):
 
 
 def download_mnist(folder):
-    """Fetch the files of MNIST that the folder lacks, checked by MD5. Raises ValueError; leaves nothing partial."""
+    """Fetch the files of MNIST that the folder lacks, checked by MD5; ValueError if it cannot."""
     for name, md5 in MNIST_MD5.items():
         target = Path(folder) / name
         if target.exists() or target.with_suffix("").exists():
@@ -238,10 +245,10 @@ def download_mnist(folder):
 
 
 def read_idx(folder, name, dims):
-    """The array of `dims` dimensions in the IDX file folder/name or name.gz. Raises ValueError if it is damaged."""
+    """The array of `dims` dimensions in folder/name or folder/name.gz. Raises ValueError if it is damaged."""
     path = next((p for p in (Path(folder) / name, Path(folder) / f"{name}.gz") if p.exists()), None)
     if path is None:
-        raise ValueError(f"{folder}: no {name} or {name}.gz; name a folder with the four MNIST files, or --download")
+        raise ValueError(f"{folder}: no {name}[.gz]; name a folder with the four MNIST files, or --download")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
@@ -259,14 +266,15 @@ def read_idx(folder, name, dims):
 def load_mnist(folder, split, size):
     """Images (N,1,size,size) in [0,1] and labels (N,) int64 of a split of MNIST, "train" or "t10k".
 
-    Resized as Pillow does (antialiased bilinear, half-pixel centres). Raises ValueError for labels that do not fit.
+    Resized as Pillow does (antialiased bilinear, half-pixel centres). ValueError if the labels do not fit.
     """
-    images, labels = read_idx(folder, f"{split}-images-idx3-ubyte", 3), read_idx(folder, f"{split}-labels-idx1-ubyte", 1)
+    images = read_idx(folder, f"{split}-images-idx3-ubyte", 3)
+    labels = read_idx(folder, f"{split}-labels-idx1-ubyte", 1)
     if len(images) != len(labels) or not len(images):
-        raise ValueError(f"{folder}: {len(images)} {split} images but {len(labels)} labels; fetch the files again")
+        raise ValueError(f"{folder}: {len(images)} {split} images, {len(labels)} labels; fetch them again")
     if labels.max() > 9:
-        raise ValueError(f"{folder}/{split}-labels-idx1-ubyte: label {labels.max()} of image {labels.argmax()} "
-                         f"is outside 0-9; fetch the file again")
+        raise ValueError(f"{folder}/{split}-labels-idx1-ubyte: label {labels.max()} of image "
+                         f"{labels.argmax()} is outside 0-9; fetch the file again")
     images = [part.float() / 255 for part in torch.from_numpy(images.copy())[:, None].split(2000)]
     if images[0].shape[-2:] != (size, size):
         images = [nnf.interpolate(part, size=(size, size), mode="bilinear", antialias=True).clamp(0, 1)
@@ -275,7 +283,7 @@ def load_mnist(folder, split, size):
 
 
 def open_rgb(path):
-    """The image file as an upright RGB picture. Raises ValueError that names the file if it cannot be read."""
+    """The image file as an upright RGB picture; ValueError names the file if it cannot be read."""
     try:
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -284,7 +292,7 @@ def open_rgb(path):
 
 
 def cached_images(files, size, cache):
-    """The files as one read-only memory map (N,size,size,3) uint8, decoded once, in parallel, into folder `cache`.
+    """The files as a read-only memory map (N,size,size,3) uint8, decoded once, in parallel, into `cache`.
 
     Its name is a hash of every path, length and time of change. A decoding that fails leaves nothing behind.
     """
@@ -313,7 +321,7 @@ def cached_images(files, size, cache):
 
 
 def load_mnist_m(folder, size, cache):
-    """Images (N,3,size,size) uint8 and labels of MNIST-M in the release's layout: its test split, else its train split.
+    """Images (N,3,size,size) uint8 and labels of MNIST-M as released: its test split, else its train split.
 
     Raises ValueError: no list of labels, a line that is not `name digit`, an image missing or unreadable.
     """
@@ -325,18 +333,19 @@ def load_mnist_m(folder, size, cache):
     for number, line in enumerate(table.read_text().splitlines(), 1):
         name, _, label = line.strip().rpartition(" ")
         if not name or label not in list("0123456789"):
-            raise ValueError(f"{table}, line {number}: {line[:60]!r} is not `name digit` with a digit 0-9; correct it")
+            raise ValueError(f"{table}, line {number}: {line[:60]!r} is not `name digit`, 0-9; correct it")
         files.append(Path(folder) / f"mnist_m_{split}" / name.strip())
         labels.append(int(label))
         if not files[-1].is_file():
-            raise ValueError(f"{files[-1]}: missing, but named in {table}, line {number}; add it or remove the line")
+            raise ValueError(f"{files[-1]}: missing; add it, or remove line {number} of {table}")
     if not files:
         raise ValueError(f"{table}: empty; it needs a line `name digit` for each image")
-    return torch.from_numpy(np.array(cached_images(files, size, cache))).permute(0, 3, 1, 2), torch.tensor(labels)
+    images = np.array(cached_images(files, size, cache))
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels)
 
 
 def make_mnist_m(digit, photos, seed):
-    """|photograph - digit| of grey digits (B,1,S,S) over random S x S crops of a folder's photographs: (B,3,S,S)."""
+    """|photograph - digit| of grey digits (B,1,S,S) over random crops of photographs: (B,3,S,S)."""
     rng, size = np.random.default_rng(seed), digit.shape[-1]
     files = sorted(p for p in Path(photos).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     scenes = [np.asarray(open_rgb(f)) for f in files]
@@ -344,7 +353,7 @@ def make_mnist_m(digit, photos, seed):
         raise ValueError(f"{photos}: neither MNIST-M nor photographs ({', '.join(sorted(IMAGE_SUFFIXES))})")
     for file, scene in zip(files, scenes):
         if min(scene.shape[:2]) < size:
-            raise ValueError(f"{file}: {scene.shape[1]}x{scene.shape[0]} is less than {size}x{size}; remove it")
+            raise ValueError(f"{file}: {scene.shape[1]}x{scene.shape[0]} is under {size}x{size}; remove it")
     crops = []
     for scene in rng.integers(len(scenes), size=len(digit)):
         top, left = (rng.integers(side - size + 1) for side in scenes[scene].shape[:2])
@@ -352,32 +361,33 @@ def make_mnist_m(digit, photos, seed):
     return (torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255 - digit).abs()
 
 
-def load_digits(data, unseen, size, count, seed, validate, cache):
-    """The digit task: training images (N,3,S,S) uint8, their labels (N,), and {domain: (images, labels)} to measure.
+def load_digits(o, cache):
+    """The digit task: training images (N,3,S,S) uint8, labels (N,), {domain: (images, labels)} to measure.
 
-    data       "embedded" or a folder with MNIST, `count` of whose training images are used
-    unseen     folders: MNIST-M in the release's layout, or photographs to make it from MNIST's test set
-    validate   measure on held-out training digits and the development looks instead, to choose settings
+    o.data       "embedded" or a folder with MNIST, o.train of whose training images are used, at side o.size
+    o.unseen     folders: MNIST-M in the release's layout, or photographs to make it from MNIST's test set
+    o.validate   measure on held-out training digits and the development looks instead, to choose settings
     """
-    for folder in [data] * (data != "embedded") + unseen:
+    for folder in [o.data] * (o.data != "embedded") + o.unseen:
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder; --data takes one with MNIST (or add --download), "
                              f"--unseen takes MNIST-M or photographs")
-    if data == "embedded":  # the digits that are measured are the same for all seeds
-        digit, label = make_digits(count, size, 2 * seed)
-        test, test_label = make_digits(2000, size, 999_001 if validate else 999_002)
+    if o.data == "embedded":  # the digits that are measured are the same for all seeds
+        digit, label = make_digits(o.train, o.size, 2 * o.seed)
+        test, test_label = make_digits(2000, o.size, 999_001 if o.validate else 999_002)
     else:
-        digit, label = load_mnist(data, "train", size)
-        if count + 2000 * validate > len(digit):
-            raise ValueError(f"--train {count}: {data} has {len(digit)} training digits, of which --validate holds "
-                             f"out 2,000; ask for fewer")
-        test, test_label = (digit[-2000:], label[-2000:]) if validate else load_mnist(data, "t10k", size)
-        digit, label = digit[:count], label[:count]
+        digit, label = load_mnist(o.data, "train", o.size)
+        if o.train + 2000 * o.validate > len(digit):
+            raise ValueError(f"--train {o.train}: {o.data} has {len(digit)} training digits, of which "
+                             f"--validate holds out 2,000; ask for fewer")
+        held_out = digit[-2000:], label[-2000:]
+        test, test_label = held_out if o.validate else load_mnist(o.data, "t10k", o.size)
+        digit, label = digit[:o.train], label[:o.train]
     domains = {"source": (apply_look("source", test, 0), test_label)}
-    for name in LOOKS_DEV if validate else LOOKS_UNSEEN if data == "embedded" and not unseen else ():
+    for name in LOOKS_DEV if o.validate else LOOKS_UNSEEN if o.data == "embedded" and not o.unseen else ():
         domains[name] = (apply_look(name, test, 7), test_label)
-    for folder in map(Path, () if validate else unseen):
+    for folder in map(Path, () if o.validate else o.unseen):
         real = any((folder / f"mnist_m_{split}").is_dir() for split in ("train", "test"))
-        domains[folder.resolve().name] = load_mnist_m(folder, size, cache) if real else \
+        domains[folder.resolve().name] = load_mnist_m(folder, o.size, cache) if real else \
             (to_uint8(make_mnist_m(test, folder, 0)), test_label)
     return apply_look("source", digit, 0), label, domains

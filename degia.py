@@ -50,7 +50,7 @@ def task_loss(output, y):
 def ascend(x_src, objective, K, eta, blur):
     """K steps x <- clamp(x + eta g / rms(g)) from x_src, g = d objective / dx smoothed by a blur x blur mean.
 
-    g is normalised per image, so eta is the change of a step in image units: a number, or (B,1,1,1). `objective`
+    g is normalised per image: eta, a number or (B,1,1,1), is the change of a step in image units. `objective`
     maps x to a scalar. No parameter receives a gradient.
     """
     x = x_src
@@ -65,9 +65,9 @@ def ascend(x_src, objective, K, eta, blur):
 def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
     """Eq. (7) summed over images: l(x, y, c) - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ].
 
-    x (B,3,H,W) of ONE class c (B,); feature_src (B,T) = M(x_src); u, shift as in `Flow.log_prob`, held during an
-    ascent. The features' distance is a mean over features, d is per dimension. F None leaves out -log p and d: what
-    remains is adversarial data augmentation.
+    x (B,3,H,W) of ONE class c (B,); feature_src (B,T) = M(x_src); u, shift as in `Flow.log_prob`, held during
+    an ascent. The features' distance is a mean over features, d is per dimension. F None leaves out -log p and
+    d: what remains is adversarial data augmentation.
     """
     output, feature = M(x)
     loss = task_loss(output, y)
@@ -83,5 +83,6 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
 def build(o):
     """M and F of the options o, as they are when training starts."""
     M = LeNet(10, o.size)
-    F = Flow(o.flow_channels, o.flow_size, 10, steps=o.flow_steps, hidden=o.flow_hidden, gamma=o.gamma, lam=o.lam)
+    F = Flow(o.flow_channels, o.flow_size, 10, steps=o.flow_steps, hidden=o.flow_hidden, gamma=o.gamma,
+             lam=o.lam)
     return M, F

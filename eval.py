@@ -34,18 +34,20 @@ def text_at(draw, xy, text, size=14, fill=(0, 0, 0)):
 
 
 def grid(rows, labels, path, scale=2, captions=None):
-    """Write images side by side: rows of lists of (C,H,W) in [0,1], a label before each row, captions under images."""
+    """Write rows of images (C,H,W) in [0,1], a label before each row, captions (text, right) under images."""
     height, width = rows[0][0].shape[-2] * scale, rows[0][0].shape[-1] * scale
     margin, foot = 10 + 8 * max(map(len, labels)), 18 if captions else 0
-    sheet = Image.new("RGB", (margin + max(map(len, rows)) * (width + 4), len(rows) * (height + foot + 4)), "white")
+    size = (margin + max(map(len, rows)) * (width + 4), len(rows) * (height + foot + 4))
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, (row, label) in enumerate(zip(rows, labels)):
         top = i * (height + foot + 4)
         text_at(draw, (4, top + height // 2 - 8), label)
         for j, image in enumerate(row):
             pixels = data.to_uint8(image.expand(3, -1, -1).cpu()).permute(1, 2, 0).numpy()
+            picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
             left = margin + j * (width + 4)
-            sheet.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (left, top))
+            sheet.paste(picture, (left, top))
             if captions:
                 word, right = captions[i][j]
                 text_at(draw, (left + 2, top + height), word, 14, (0, 110, 0) if right else (200, 0, 0))
@@ -53,18 +55,18 @@ def grid(rows, labels, path, scale=2, captions=None):
 
 
 def plot(table, columns, path, size=(460, 260)):
-    """Write one panel per column of a table {name: [numbers]} over its `step`, each with its range and last value."""
+    """Write one panel per column of a table {name: [numbers]} over its `step`, with range and last value."""
     width, height = size
     sheet = Image.new("RGB", (width * len(columns), height), "white")
     draw = ImageDraw.Draw(sheet)
     steps = table["step"]
     for i, name in enumerate(columns):
         values = table[name]
-        low, high = min(values), max(values)
+        low, high = min(values), float(np.quantile(values, .97))  # a jump may leave the panel
         left, right, top, bottom = i * width + 62, (i + 1) * width - 16, 34, height - 34
         span = max(high - low, 1e-9)
         draw.rectangle((left, top, right, bottom), outline=(170, 170, 170))
-        points = [(left + (right - left) * s / steps[-1], bottom - (bottom - top) * (v - low) / span)
+        points = [(left + (right - left) * s / steps[-1], bottom - (bottom - top) * min(1, (v - low) / span))
                   for s, v in zip(steps, values)]
         draw.line(points, fill=COLOURS[i % len(COLOURS)], width=2, joint="curve")
         text_at(draw, (left, 10), f"{name}   last {values[-1]:.4g}")
@@ -78,7 +80,7 @@ def plot(table, columns, path, size=(460, 260)):
 # ---------------------------------------------------------------- measures
 
 class Compute:
-    """The device and the precision of a run; auto: bf16 on CUDA and on CPUs that multiply it (AMX, AVX512-BF16)."""
+    """Device and precision of a run; auto: bf16 on CUDA and on CPUs that multiply it (AMX, AVX512-BF16)."""
 
     def __init__(self, dtype):
         self.device = torch.device("cpu")
@@ -121,7 +123,7 @@ def flow_bits(F, images, labels, compute):
 
 
 def evaluate_degia(o, compute, M, F, domains, folder):
-    """Accuracy of M in percent per domain, bits per dimension of F on the source; pictures of both into folder."""
+    """Accuracy of M in percent per domain, bits per dimension of F on the source; pictures into folder."""
     results = {"domains": {}}
     rows, labels, captions = [], [], []
     if o.method != "flow":
@@ -161,7 +163,7 @@ def picture_curves(folder):
 
 def print_table(results):
     """The numbers of results.json, a line per domain."""
-    print(f"\n{results['task']}, method {results['method']}, seed {results['seed']}, {results['steps']} steps")
+    print("\n" + ", ".join(f"{key} {results[key]}" for key in ("task", "method", "seed", "steps")))
     for name, numbers in results["domains"].items():
         print(f"  {name:16s}" + "".join(f"  {measure} {value:8.3f}" for measure, value in numbers.items()))
     if "bits_per_dim" in results:
@@ -171,18 +173,18 @@ def print_table(results):
 # ---------------------------------------------------------------- a run folder
 
 def load_checkpoint(folder, task=None):
-    """The content of folder/checkpoint.pt. Raises ValueError if it is missing, damaged, foreign or of another task."""
+    """The content of folder/checkpoint.pt; ValueError if missing, damaged, foreign or of another task."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         raise ValueError(f"{path}: no such checkpoint; name the folder of a run that has been trained")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a foreign file makes the unpickler raise depends on its bytes
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__}); name another run") from None
+        raise ValueError(f"{path}: not a checkpoint ({type(error).__name__}); name another run") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of this program; train a run with train.py")
     if task and content["task"] != task:
-        raise ValueError(f"{path}: is a checkpoint of `{content['task']}`, not of `{task}`; choose another --out")
+        raise ValueError(f"{path}: a checkpoint of `{content['task']}`, not of `{task}`; name another --out")
     return content
 
 
@@ -228,7 +230,7 @@ def main(argv):
     F.load_state_dict(checkpoint["state"]["F"])
     if args.images:
         return predict_files(o, compute, M, args.images, folder)
-    _, _, domains = data.load_digits(o.data, o.unseen, o.size, o.train, o.seed, o.validate, folder)
+    _, _, domains = data.load_digits(o, folder)
     results = {"task": "degia", "method": o.method, "seed": o.seed, "steps": checkpoint["step"]}
     print_table({**results, **evaluate_degia(o, compute, M, F, domains, folder)})
 

@@ -1,6 +1,6 @@
 """The class-conditional normalizing flow F of DeGIA: eq. (2), (3) and (8) of the paper.
 
-A flow model is a (prior, invertible map) pair: `Flow` maps an image x to z = F(x), `Prior` knows log p_Z(z, c).
+A flow model is a (prior, invertible map) pair: `Flow` maps x to z = F(x), `Prior` knows log p_Z(z, c).
 
     x            image (B,C,S,S) in [0,1]; S a multiple of 4, averaged down to S by the caller
     y            (255 x + u)/256, u ~ U[0,1): dequantised image, also in [0,1]
@@ -9,8 +9,8 @@ A flow model is a (prior, invertible map) pair: `Flow` maps an image x to z = F(
     G_m, G_std   learned mean and standard deviation of each class;  H_m  noise shift, an MLP of n ~ N(0, I)
     mu_c = gamma G_m(c) + lambda H_m(n),   Sigma_c = G_std(c)                                     (8)
 
-Each layer returns (output, log |det d output / d input|), the latter (B,) or a scalar that is the same for all;
-`inverse` is the mirror image of `forward`. log-likelihoods are of y, in nats; `bits_per_dim` adds the 256 levels.
+Each layer returns (output, log |det d output / d input|), the latter (B,) or one number for all; `inverse` is
+the mirror image of `forward`. Log-likelihoods are of y, in nats; `bits_per_dim` adds the 256 levels.
 The networks inside the couplings may run in bfloat16 under autocast; everything else is float32.
 """
 import math
@@ -125,7 +125,7 @@ class Prior(nn.Module):
         return self.log_G_std(c).clamp(-2, .5).exp()
 
     def shift(self, n):
-        """lambda H_m(n) (B,D) for noise n (B,NOISE_DIM), of mean 0 and root mean square lambda over the batch.
+        """lambda H_m(n) (B,D) of noise n (B,NOISE_DIM): mean 0, root mean square lambda over the batch.
 
         Maximum likelihood would otherwise shrink the shift to nothing, or turn it into a constant.
         """
@@ -141,7 +141,7 @@ class Prior(nn.Module):
 
 
 class Flow(nn.Module):
-    """F: levels of [squeeze, `steps` times (ActNorm, 1x1, coupling), factor half out] behind a squeezed logit."""
+    """F: a squeezed logit, then levels of squeeze, `steps` x (ActNorm, 1x1, coupling), half factored out."""
 
     def __init__(self, channels, size, classes, levels=2, steps=4, hidden=64, gamma=1., lam=.1):
         super().__init__()
@@ -176,14 +176,18 @@ class Flow(nn.Module):
                 h, change = layer(h)
                 log_det = log_det + change
             if i < len(self.levels) - 1:
-                h, out = h.chunk(2, 1)  # what leaves is the half that the last coupling normalised given the rest
+                h, out = h.chunk(2, 1)  # the last coupling normalised `out` given h
                 z.append(out.flatten(1))
         return torch.cat([*z, h.flatten(1)], 1), log_det
 
     @torch.no_grad()
     def initialise(self, x, u):
         """Let every ActNorm that has not been set yet set itself from the batch x."""
-        self(x, u, lambda layer, h: layer.initialise(h) if isinstance(layer, ActNorm) and not layer.is_set else None)
+        def before(layer, h):
+            if isinstance(layer, ActNorm) and not layer.is_set:
+                layer.initialise(h)
+
+        self(x, u, before)
 
     @torch.autocast("cuda", enabled=False)
     @torch.autocast("cpu", enabled=False)
@@ -213,7 +217,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample(self, c, generator):
-        """Images (B,C,S,S) in {0, 1/255, ..., 1} of classes c: z ~ N(mu_c, Sigma_c), x = floor(256 F^-1(z))/255."""
+        """Images (B,C,S,S) in {0, 1/255, ..., 1}: z ~ N(mu_c, Sigma_c), x = floor(256 F^-1(z))/255."""
         n = torch.randn(len(c), NOISE_DIM, generator=generator, device=c.device)
         eps = torch.randn(len(c), self.dim, generator=generator, device=c.device)
         z = self.prior.mean(c) + self.prior.shift(n) + self.prior.std(c) * eps
@@ -226,5 +230,5 @@ def bits_per_dim(log_prob, dim):
 
 
 def gaussian_w2(mean_1, std_1, mean_2, std_2):
-    """Squared 2-Wasserstein distance of diagonal Gaussians per dimension: mean of (m1 - m2)^2 + (s1 - s2)^2."""
+    """Squared 2-Wasserstein distance of diagonal Gaussians per dimension: mean (m1 - m2)^2 + (s1 - s2)^2."""
     return ((mean_1 - mean_2).square() + (std_1 - std_2).square()).mean()

@@ -1,7 +1,7 @@
 """What this code promises, a promise per test: `python -m pytest test_all.py`. Nothing is downloaded.
 
-Each test compares with an oracle that is written differently: an inverse, autograd's Jacobian, torch.distributions,
-a run that was not interrupted. Layers that start at zero are perturbed first, else an identity would pass.
+Each test compares with an oracle written differently: an inverse, autograd's Jacobian, torch.distributions, a
+run that was not interrupted. Layers that start at zero are perturbed first, else an identity would pass.
 """
 import gzip
 import json
@@ -62,17 +62,19 @@ def test_log_determinant_is_that_of_the_jacobian(channels, size, levels):
     """Eq. (2): brute force, by autograd, in more than two channels and with half of the code factored out."""
     F = perturbed_flow(channels, size, levels=levels)
     x, u = images(2, channels, size)
-    jacobian = torch.autograd.functional.jacobian(lambda v: F(v[None], u[:1])[0][0], x[0]).reshape(F.dim, F.dim)
+    jacobian = torch.autograd.functional.jacobian(lambda v: F(v[None], u[:1])[0][0], x[0])
+    jacobian = jacobian.reshape(F.dim, F.dim)
     dz_dy = torch.linalg.slogdet(jacobian)[1] - F.dim * math.log(255 / 256)  # y = (255 x + u)/256
     torch.testing.assert_close(F(x, u)[1][0], dz_dy, rtol=1e-8, atol=1e-8)
 
 
 def test_density_integrates_to_one():
-    """A likelihood that does not integrate to 1 cannot be compared with anything (4 dimensions, Monte Carlo)."""
+    """A likelihood that does not integrate to 1 compares with nothing (4 dimensions, Monte Carlo)."""
     F = perturbed_flow(1, 2, classes=2, levels=1)
     eps = flows.SQUEEZED_LOGIT
-    low, width = -eps / (1 - 2 * eps), 1 / (1 - 2 * eps)  # the logit's whole domain; images use 0.8 of it per side
-    y = low + width * torch.rand(400_000, 1, 2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    low, width = -eps / (1 - 2 * eps), 1 / (1 - 2 * eps)  # the logit's whole domain
+    g = torch.Generator().manual_seed(2)
+    y = low + width * torch.rand(400_000, 1, 2, 2, generator=g, dtype=torch.float64)
     with torch.no_grad():
         p = F.log_prob(y * 256 / 255, torch.ones(len(y), dtype=torch.long), torch.zeros_like(y)).exp()
     assert abs(p.mean().item() * width ** 4 - 1) < .02
@@ -98,7 +100,7 @@ def test_prior_is_the_gaussian_of_eq_8():
     shift = F.prior.shift(torch.randn(6, flows.NOISE_DIM, dtype=torch.float64))
     std = F.prior.log_G_std.weight[c].clamp(-2, .5).exp()
     expected = torch.distributions.Normal(.7 * F.prior.G_m.weight[c] + shift, std).log_prob(z).sum(1)
-    torch.testing.assert_close(F.prior.log_prob(z, c, shift), expected, check_dtype=False, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(F.prior.log_prob(z, c, shift), expected)
 
 
 def test_noise_shift_keeps_deviation_lambda_after_training():
@@ -173,7 +175,7 @@ def test_a_small_ascent_raises_the_objective_and_touches_no_parameter(players):
 
 @pytest.mark.parametrize("eta", [.02, .5])
 def test_ascent_stays_in_the_image_range_and_moves_by_eta(players, eta):
-    """eta is in image units: one step changes an image by at most eta in root mean square, clamped to [0,1]."""
+    """eta is in image units: a step changes an image by at most eta in root mean square."""
     M, F, x_src, c = players
     x = degia.ascend(x_src, eq_7(M, F, x_src, c), 1, eta, 3)
     moved = (x - x_src).square().mean((1, 2, 3)).sqrt()
@@ -239,14 +241,15 @@ def write_mnist_m(folder, labels="3 1 4", damaged=False):
 
 
 def test_real_digits_are_read_as_they_were_written(tmp_path):
-    """IDX plain and gzipped, MNIST-M in the release's layout, MNIST-M made from photographs; images keep labels."""
+    """IDX plain and gzipped, MNIST-M as released, MNIST-M made from photographs; images keep labels."""
     x, y = data.make_digits(40, 28, 0)
     write_mnist(tmp_path / "mnist")
     write_mnist_m(tmp_path / "mm")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (50, 40), (255, 0, 0)).save(tmp_path / "photos" / "red.png")
     unseen = [str(tmp_path / "mm"), str(tmp_path / "photos")]
-    source, labels, domains = data.load_digits(str(tmp_path / "mnist"), unseen, 28, 30, 0, False, tmp_path / "run")
+    o = train.Degia(data=str(tmp_path / "mnist"), unseen=unseen, size=28, train=30)
+    source, labels, domains = data.load_digits(o, tmp_path / "run")
     assert list(domains) == ["source", "mm", "photos"]
     assert torch.equal(source[:, 0], data.to_uint8(x[:30, 0])) and torch.equal(labels, y[:30])
     assert domains["mm"][1].tolist() == [3, 1, 4] and domains["mm"][0][:, 0, 5, 5].tolist() == [80, 81, 82]
@@ -291,8 +294,8 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
     """torchrun shards the batch and the max phase; the result is that of one process up to rounding."""
     one = run_script("--steps", "6", out=tmp_path / "one")
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0",
-                    "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", HERE / "train.py", "degia", "--steps", "6",
-                    "--out", tmp_path / "two", *TINY], check=True, capture_output=True,
+                    "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", HERE / "train.py", "degia",
+                    "--steps", "6", "--out", tmp_path / "two", *TINY], check=True, capture_output=True,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     two = evaluation.load_checkpoint(tmp_path / "two")
     assert_same_state(one, two, rtol=1e-3, atol=1e-4)
@@ -300,9 +303,9 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
 
 
 def test_new_samples_keep_the_label_of_their_source(tmp_path):
-    """`source` says which image a new sample started from: with a tiny eta it still looks like it, and no other."""
+    """`source` says which image a new sample started from: with a tiny eta it looks like no other."""
     checkpoint = run_script("--steps", "8", "--eta", ".01", out=tmp_path / "run")
-    x_src, _, _ = data.load_digits("embedded", [], 16, 60, 0, False, tmp_path)
+    x_src, _, _ = data.load_digits(train.Degia(size=16, train=60), tmp_path)
     apart = (checkpoint["pool"]["x"][:, None].float() - x_src[None].float()).square().mean((2, 3, 4))
     assert torch.equal(apart.argmin(1), checkpoint["pool"]["source"])
 
@@ -325,8 +328,8 @@ def test_kill_during_a_write_leaves_the_last_checkpoint(tmp_path):
 
 def test_a_short_run_learns_the_source(tmp_path):
     """Sixty steps of the stand-alone CNN read most source digits; a run that learns nothing reads a tenth."""
-    train.main(["degia", "--method", "pure", "--train", "1000", "--steps", "60", "--size", "20", "--lr", "1e-3",
-                "--out", str(tmp_path)])
+    train.main(["degia", "--method", "pure", "--train", "1000", "--steps", "60", "--size", "20",
+                "--lr", "1e-3", "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["domains"]["source"]["accuracy"] > 80 and "bits_per_dim" not in results
 
@@ -379,7 +382,7 @@ def test_a_run_is_never_overwritten_and_a_foreign_checkpoint_never_loaded(tmp_pa
     for foreign in (b"text", {"model": torch.zeros(1)}):
         path = tmp_path / "checkpoint.pt"
         path.write_bytes(foreign) if isinstance(foreign, bytes) else torch.save(foreign, path)
-        with pytest.raises(ValueError, match="not a (readable )?checkpoint"):
+        with pytest.raises(ValueError, match="not a checkpoint"):
             train.main(["degia", "--resume", "--out", str(tmp_path)])
 
 
@@ -400,7 +403,7 @@ def test_eval_repeats_the_numbers_and_reads_the_users_images(tmp_path, capsys):
 def readme_commands():
     """Every `python train.py ...` and `python eval.py ...` in the README's code blocks."""
     blocks = re.findall(r"```(?:bash)?\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.split("#")[0].strip() for b in blocks for line in b.replace("\\\n", " ").splitlines()]
     return [line for line in lines if re.search(r"\b(train|eval)\.py\b", line)]
 
 

@@ -1,14 +1,14 @@
 """Train DeGIA: learn digits in one domain, recognise them in domains never seen.
 
-    python train.py degia                                         embedded digits, nothing downloaded
-    python train.py degia --method pure --out runs/pure           the stand-alone CNN
-    python train.py degia --data mnist --download --unseen photos    MNIST -> MNIST-M made from your photographs
-    python train.py degia --resume                                go on with runs/degia
-    torchrun --nproc_per_node=2 train.py degia                    several GPUs or processes
+    python train.py degia                                            embedded digits, nothing downloaded
+    python train.py degia --method pure --out runs/pure              the stand-alone CNN
+    python train.py degia --data mnist --download --unseen photos    MNIST -> MNIST-M made from photographs
+    python train.py degia --resume                                   go on with runs/degia
+    torchrun --nproc_per_node=2 train.py degia                       several GPUs or processes
 
-The loop comes first: read `train_degia` beside section 3.3 of the paper. Options, run folder (config.json, log.csv,
-checkpoint.pt, results.json, pictures) and checkpoints follow. Everything random in step k is drawn for the whole
-batch from a generator seeded by (seed, k): a resumed run needs no random state, and N processes equal one.
+The loop comes first: read `train_degia` beside section 3.3 of the paper. Options, processes, log and
+checkpoints follow. All that is random in step k is drawn for the whole batch from a generator seeded by
+(seed, k): so a resumed run needs no random state, and N processes equal one.
 """
 import argparse
 import dataclasses
@@ -32,51 +32,46 @@ ASCENT_BATCH = 256  # images of a class that ascend together; P_x of eq. (7) is 
 # ---------------------------------------------------------------- DeGIA: the min/max loop
 
 def train_degia(o, run):
-    """Minimize eq. (5) over M and F on the growing training set; now and then maximize eq. (7) over images."""
-    x_src, y_src, domains = data.load_digits(o.data, o.unseen, o.size, o.train, o.seed, o.validate, run.folder)
+    """Minimize (5) over M and F on a growing training set; maximize (7) over images, which grows it."""
+    x_src, y_src, domains = data.load_digits(o, run.folder)
     x_src, y_src = x_src.to(run.device), y_src.to(run.device)
     torch.manual_seed(o.seed)
     M, F = (net.to(run.device, memory_format=torch.channels_last) for net in degia.build(o))
     opt_M = torch.optim.Adam(M.parameters(), o.lr, fused=True)
     opt_F = torch.optim.Adam(F.parameters(), o.flow_lr, fused=True)
-    pool = {"x": x_src[:0], "source": y_src[:0]}  # new samples, and the index of the image each one started from
+    pool = {"x": x_src[:0], "source": y_src[:0]}  # new samples, and which image each one started from
     run.start({"M": M, "F": F, "opt_M": opt_M, "opt_F": opt_F}, pool)
 
     train_M, train_F = o.method != "flow", o.method in ("degia", "flow")
-    rounds = {round(o.steps * (i + 1) / (o.rounds + 2)) for i in range(o.rounds)} if train_M else set()
-    if o.method == "pure":
-        rounds = set()
-    first = run.compute.images(x_src[:512])
-    F.initialise(degia.flow_view(first, F.shape), torch.rand(len(first), *F.shape, generator=run.generator(0, 2),
-                                                             device=run.device))
+    rounds = [round(o.steps * (i + 1) / (o.rounds + 2)) for i in range(o.rounds)]
+    rounds = set(rounds) if o.method in ("degia", "ada") else set()
+    first = degia.flow_view(run.compute.images(x_src[:512]), F.shape)
+    F.initialise(first, torch.rand(first.shape, generator=run.generator(0, 2), device=run.device))
 
     for step in range(run.step, o.steps):
         for optimizer, rate in ((opt_M, o.lr), (opt_F, o.flow_lr)):
-            optimizer.param_groups[0]["lr"] = rate * min(1., 2 - 2 * step / o.steps)  # linear to 0 from half way
+            optimizer.param_groups[0]["lr"] = rate * min(1., 2 - 2 * step / o.steps)  # to 0 from half way
 
-        # ---- maximization, eq. (7): new samples of plausible new domains, from ORIGINAL images, join the pool
+        # ---- maximization, eq. (7): ORIGINAL images climb to new samples of plausible new domains
         if step in rounds:
-            M.eval()
             picked = torch.randperm(len(x_src), generator=run.generator(step, 1), device=run.device)
             picked = picked[:round(o.beta * len(x_src))]
-            pool["x"] = torch.cat([pool["x"], new_samples(o, run, step, M, F if train_F else None,
-                                                          x_src[picked], y_src[picked])])
-            pool["source"] = torch.cat([pool["source"], picked])
-            M.train()
+            new = new_samples(o, run, step, M, F if train_F else None, x_src[picked], y_src[picked])
+            pool["x"], pool["source"] = torch.cat([pool["x"], new]), torch.cat([pool["source"], picked])
 
-        # ---- minimization, eq. (5): one step on a batch of originals and, once there are any, new samples
+        # ---- minimization, eq. (5), on a batch of originals and, once there are any, as many new samples
         g = run.generator(step)
-        new = o.batch // 2 if len(pool["x"]) else 0
-        originals = torch.randint(len(x_src), (o.batch - new,), generator=g, device=run.device)
-        samples = torch.randint(max(1, len(pool["x"])), (new,), generator=g, device=run.device)
+        half = o.batch // 2 if len(pool["x"]) else 0
+        originals = torch.randint(len(x_src), (o.batch - half,), generator=g, device=run.device)
+        samples = torch.randint(max(1, len(pool["x"])), (half,), generator=g, device=run.device)
         u = torch.rand(o.batch, *F.shape, generator=g, device=run.device)
         n = torch.randn(o.batch, NOISE_DIM, generator=g, device=run.device)
-        x = torch.cat([x_src[originals], pool["x"][samples]])[run.mine]
+        x = run.compute.images(torch.cat([x_src[originals], pool["x"][samples]])[run.mine])
         y = y_src[torch.cat([originals, pool["source"][samples]])][run.mine]
-        x, losses = run.compute.images(x), {}
+        losses = {}
 
         if train_M:
-            with run.autocast():
+            with run.compute.autocast():
                 output, _ = M(x)
             losses["task"] = degia.task_loss(output, y).mean()
             opt_M.zero_grad()
@@ -85,48 +80,50 @@ def train_degia(o, run):
             opt_M.step()
 
         if train_F:
-            with run.autocast():
-                shift = F.prior.shift(n)[run.mine]  # its mean and deviation are those of the whole batch
+            with run.compute.autocast():
+                shift = F.prior.shift(n)[run.mine]  # normalised over the whole batch, whoever computes it
                 log_p = F.log_prob(degia.flow_view(x, F.shape), y, u[run.mine], shift)
             losses["bits_per_dim"] = bits_per_dim(log_p, F.dim).mean()
             opt_F.zero_grad()
             (-log_p / F.dim).mean().backward()
             run.average_gradients(F)
-            torch.nn.utils.clip_grad_norm_(F.parameters(), 1.)
+            torch.nn.utils.clip_grad_norm_(F.parameters(), 10.)
             opt_F.step()
 
         if not run.end_step(step, losses, step in rounds):
             return
         if step in rounds and run.rank == 0:
-            evaluation.picture_new_samples(x_src, pool, round(o.beta * len(x_src)), run.folder / "new_samples.png")
+            evaluation.picture_new_samples(x_src, pool, len(picked), run.folder / "new_samples.png")
     if run.rank == 0:
         run.finish({"method": o.method, "seed": o.seed, "steps": run.step},
                    evaluation.evaluate_degia(o, run.compute, M, F, domains, run.folder))
 
 
 def new_samples(o, run, step, M, F, x_src, y_src):
-    """The max phase: K steps of ascent on (7) from each image, class by class, since d compares one class at a time.
+    """The max phase: K steps of ascent on (7) from each image, class by class, as d compares single classes.
 
-    The classes are shared out among the processes; summing their zero-filled halves joins the results exactly.
+    The classes are shared out among the processes; the sum of what each one filled in joins the results.
     """
     g = run.generator(step, 1)
     u = torch.rand(len(x_src), *(F.shape if F else (1,)), generator=g, device=run.device)
     n = torch.randn(len(x_src), NOISE_DIM, generator=g, device=run.device)
-    eta = o.eta * torch.rand(len(x_src), 1, 1, 1, generator=g, device=run.device)  # some go far, some stay near
+    eta = o.eta * torch.rand(len(x_src), 1, 1, 1, generator=g, device=run.device)  # some go far
     new = torch.zeros_like(x_src)
+    M.eval()
     for c in range(run.rank, 10, run.world):
         rows = torch.nonzero(y_src == c)[:, 0]
         for part in rows.split(ASCENT_BATCH) if len(rows) else ():
             x, y = run.compute.images(x_src[part]), y_src[part]
-            with run.autocast(), torch.no_grad():
+            with run.compute.autocast(), torch.no_grad():
                 feature_src = M(x)[1].float()
                 shift = F.prior.shift(n[part]) if F else None
 
             def objective(x):
-                with run.autocast():
+                with run.compute.autocast():
                     return degia.max_objective(x, y, y, M, F, feature_src, u[part], shift, o.alpha, o.density)
 
             new[part] = data.to_uint8(degia.ascend(x, objective, o.K, eta[part], o.blur))
+    M.train()
     if run.world > 1:
         dist.all_reduce(new)
     return new
@@ -136,39 +133,39 @@ def new_samples(o, run, step, M, F, x_src, y_src):
 
 def option(default, text, low=None, high=None, choices=None, paper=None):
     """A field of an options dataclass: default, help line, allowed range or choices, the paper's value."""
-    extra = {"help": text, "low": low, "high": high, "choices": choices, "paper": paper}
-    return field(default_factory=lambda: default, metadata=extra) if isinstance(default, list) \
-        else field(default=default, metadata=extra)
+    about = {"help": text, "low": low, "high": high, "choices": choices, "paper": paper}
+    return field(default_factory=lambda: default, metadata=about)
 
 
 @dataclass
 class Common:
-    """Options of both tasks."""
-    out: str = option("", "run folder; runs/TASK if not given")
+    """Options of every task."""
+    out: str = option("", "run folder; if not given, runs/ and the task")
     seed: int = option(0, "seed of the data, the networks and every step", 0, 10 ** 6)
-    dtype: str = option("auto", "auto is bf16 where the processor multiplies it", choices=("auto", "bf16", "f32"))
-    stop_after: int = option(0, "stop early on purpose after this many steps (0: do not)", 0)
+    dtype: str = option("auto", "auto: bf16 on CUDA and on CPUs that multiply it",
+                       choices=("auto", "bf16", "f32"))
+    stop_after: int = option(0, "stop early on purpose after this many steps; 0: do not", 0)
 
 
 @dataclass
 class Degia(Common):
     """Options of `train.py degia`."""
-    method: str = option("degia", "degia, the stand-alone CNN, the ascent without the flow, the flow alone",
+    method: str = option("degia", "the paper's; the stand-alone CNN; the ascent without F; F alone",
                          choices=("degia", "pure", "ada", "flow"))
     data: str = option("embedded", "'embedded' or a folder with MNIST")
     unseen: list = option([], "folders measured at the end: MNIST-M, or photographs to make it from")
     download: bool = option(False, "fetch the MNIST files that --data lacks")
-    validate: bool = option(False, "measure on held-out training digits and development looks, to choose settings")
+    validate: bool = option(False, "to choose settings: measure on held-out digits and development looks")
     train: int = option(10_000, "number of training images", 10)
     size: int = option(32, "side of the images", 16)
     steps: int = option(900, "steps of the min phase", 1)
-    batch: int = option(128, "images per step, over all processes", 1, paper=128)
-    lr: float = option(5e-4, "learning rate of M, constant then linear to 0 over the second half", 0, paper=1e-4)
+    batch: int = option(128, "images per step, over all processes", 2, paper=128)
+    lr: float = option(5e-4, "learning rate of M; linear to 0 over the second half", 0, paper=1e-4)
     flow_lr: float = option(1e-3, "the same for F", 0, paper=1e-4)
     rounds: int = option(5, "max phases, spread over training", 0)
     beta: float = option(.2, "share of the training images that a max phase starts from", 0, 1, paper=.2)
-    K: int = option(10, "ascent steps of a max phase", 1)
-    eta: float = option(.2, "largest root mean square change of an ascent step; each image draws its own", 0)
+    K: int = option(5, "ascent steps of a max phase", 1)
+    eta: float = option(.4, "largest root mean square change of an ascent step; each image draws its own", 0)
     blur: int = option(5, "side of the mean that smooths the ascent's gradient, odd", 1)
     alpha: float = option(1., "weight of the two distances in (7)", 0, paper=1.)
     density: float = option(1., "weight of -log p in (7)", 0)
@@ -181,151 +178,146 @@ class Degia(Common):
 
 
 def parse(argv):
-    """The options, whether to resume, and the names of the options given explicitly. Raises ValueError for bad ones."""
+    """The options, whether to resume, the options given explicitly. ValueError for one out of range."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     tasks = parser.add_subparsers(dest="task", required=True)
     for name, (kind, _) in TASKS.items():
         sub = tasks.add_parser(name, allow_abbrev=False)
-        sub.add_argument("--resume", action="store_true", help="continue the run in --out from its checkpoint")
+        sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
         sub.add_argument("--paper", action="store_true", help="the paper's values, where it states them")
         for f in dataclasses.fields(kind):
-            default = f.default_factory() if f.type is list else f.default
-            text = f"{f.metadata['help']} (default {default}" + \
-                   (f"; paper {f.metadata['paper']})" if f.metadata["paper"] is not None else ")")
-            how = {"action": "store_true"} if f.type is bool else {"nargs": "+"} if f.type is list else \
-                {"type": f.type, "choices": f.metadata["choices"]}
-            sub.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, default=argparse.SUPPRESS, help=text, **how)
+            paper = "" if f.metadata["paper"] is None else f"; paper {f.metadata['paper']}"
+            how = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(
+                f.type, {"type": f.type, "choices": f.metadata["choices"]})
+            sub.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, **how,
+                             help=f"{f.metadata['help']} (default {f.default_factory()}{paper})")
     given = vars(parser.parse_args(argv))
-    kind, resume = TASKS[given.pop("task")][0], given.pop("resume")
-    values = {f.name: f.metadata["paper"] for f in dataclasses.fields(kind)
-              if given["paper"] and f.metadata["paper"] is not None}
-    del given["paper"]
-    o = kind(**{**values, **given})
+    kind, resume, paper = TASKS[given.pop("task")][0], given.pop("resume"), given.pop("paper")
+    fields = {f.name: f.metadata for f in dataclasses.fields(kind)}
+    stated = {name: m["paper"] for name, m in fields.items() if paper and m["paper"] is not None}
+    o = kind(**{**stated, **given})
     o.out = o.out or f"runs/{kind.__name__.lower()}"
-    for f in dataclasses.fields(kind):
-        value, low, high = getattr(o, f.name), f.metadata["low"], f.metadata["high"]
-        if low is not None and value < low or high is not None and value > high:
-            raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be at least {low}"
+    for name, m in fields.items():
+        low, high = (float("-inf") if m["low"] is None else m["low"]), m["high"]
+        if m["low"] is not None and not low <= getattr(o, name) <= (float("inf") if high is None else high):
+            raise ValueError(f"{flag(name)} {getattr(o, name)}: must be at least {low}"
                              + (f" and at most {high}" if high is not None else ""))
     return o, resume, given
 
 
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
-# ---------------------------------------------------------------- one run: processes, randomness, log, checkpoint
+# ---------------------------------------------------------------- one run: processes, log, checkpoint
 
 class Run:
-    """Where a run computes and what it leaves behind: processes, device, log, checkpoint."""
+    """What a run computes on and what it leaves behind: processes, device, log, checkpoint."""
 
     def __init__(self, o, checkpoint):
         self.o, self.checkpoint, self.folder, self.task = o, checkpoint, Path(o.out), type(o).__name__.lower()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if o.batch % self.world:
-            raise ValueError(f"--batch {o.batch}: cannot be shared by {self.world} processes; choose a multiple")
+            raise ValueError(f"--batch {o.batch}: not a multiple of the {self.world} processes; change it")
+        self.mine = slice(self.rank, None, self.world)  # this process's rows of a batch
         self.compute = evaluation.Compute(o.dtype)
-        self.device, self.autocast = self.compute.device, self.compute.autocast
+        self.device = self.compute.device
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.mine = slice(self.rank, None, self.world)  # this process's rows of a batch
-        self.step = checkpoint["step"] if checkpoint else 0
-        self.seconds = checkpoint["seconds"] if checkpoint else 0.
-        self.first_step, self.began, self.saved, self.history = self.step, time.time(), time.time(), []
-        self.log_every = max(1, o.steps // 100)
+        self.step = self.first_step = checkpoint["step"] if checkpoint else 0
+        self.began = time.time() - (checkpoint["seconds"] if checkpoint else 0)
+        self.resumed = self.saved = time.time()
+        self.log_every, self.history = max(1, o.steps // 100), []
 
     def generator(self, step, stream=0):
-        """The source of all randomness of a step; streams: 0 its batch, 1 its max phase, 2 the start."""
+        """The source of all that is random in a step; streams: 0 its batch, 1 its max phase, 2 the start."""
         return torch.Generator(self.device).manual_seed((self.o.seed * 10 ** 8 + step) * 4 + stream)
 
     def average_gradients(self, net):
-        """Mean of the gradients over the processes, in one message."""
+        """Replace each gradient by its mean over the processes, in one message."""
         if self.world == 1:
             return
         gradients = [p.grad for p in net.parameters()]
         flat = torch.cat([g.flatten() for g in gradients])
         dist.all_reduce(flat)
-        for g, part in zip(gradients, (flat / self.world).split([g.numel() for g in gradients])):
-            g.copy_(part.view_as(g))
+        for g, mean in zip(gradients, (flat / self.world).split([g.numel() for g in gradients])):
+            g.copy_(mean.view_as(g))
 
     def start(self, parts, pool):
-        """Load the checkpoint into the networks, optimizers and pool, or make the run folder; then agree on both."""
+        """Make the run folder; load the checkpoint, if any, into parts and pool; broadcast the networks."""
         self.parts, self.pool = parts, pool
         if self.checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(self.checkpoint["state"][name])
             pool.update({name: t.to(self.device) for name, t in self.checkpoint["pool"].items()})
         if self.world > 1:
-            for part in parts.values():
-                if isinstance(part, torch.nn.Module):
-                    for t in part.state_dict().values():
-                        dist.broadcast(t, 0)
+            for net in (part for part in parts.values() if isinstance(part, torch.nn.Module)):
+                for t in net.state_dict().values():
+                    dist.broadcast(t, 0)
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.o), indent=1) + "\n")
-            log = self.folder / "log.csv"
+            log = self.folder / "log.csv"  # what was logged after the checkpoint will be logged again
             lines = log.read_text().splitlines() if self.checkpoint and log.exists() else []
-            kept = [line for line in lines[1:] if line.split(",")[0].isdigit() and int(line.split(",")[0]) <= self.step]
-            log.write_text("".join(f"{line}\n" for line in lines[:1] + kept))
+            steps = [line.split(",")[0] for line in lines]
+            log.write_text("".join(f"{line}\n" for line, step in zip(lines, steps)
+                                   if not step.isdigit() or int(step) <= self.step))
 
-    def end_step(self, step, losses, round_ended=False):
-        """Log, check and save when it is time; False when the run is to stop before its end."""
+    def end_step(self, step, losses, round_ended):
+        """Log, check and save when it is time; False if the run is to stop before its end."""
         self.step = step + 1
         self.history.append(torch.stack([value.detach() for value in losses.values()]))
         stop = self.step == self.o.stop_after
-        ends = stop or self.step == self.o.steps
-        if ends or round_ended or self.step % self.log_every == 0:
+        ends = stop or round_ended or self.step == self.o.steps
+        if ends or self.step % self.log_every == 0:
             self.log(list(losses))
-            if self.rank == 0 and (ends or round_ended or time.time() - self.saved > 60):
+            if self.rank == 0 and (ends or time.time() - self.saved > 60):
                 self.save()
         if stop and self.rank == 0:
             print(f"stopped after step {self.step} as --stop-after asks; go on with --resume")
         return not stop
 
     def log(self, names):
-        """One line on the screen and in log.csv: means since the last one. Raises ValueError if one is not finite."""
+        """A line on the screen and in log.csv: means since the last. ValueError if one is not finite."""
         values = torch.stack(self.history).float()
         if self.world > 1:
             dist.all_reduce(values)
-            values /= self.world
-        values = values.cpu()
-        bad = torch.nonzero(~values.isfinite())
-        if len(bad):
-            row, column = bad[0].tolist()
+        values = values.cpu() / self.world
+        bad = torch.nonzero(~values.isfinite()).tolist()
+        if bad:
+            row, column = bad[0]
             raise ValueError(f"step {self.step - len(values) + row + 1}: loss {names[column]} is "
-                             f"{values[row, column]}; lower --lr, or look at {self.folder}/log.csv")
-        self.history = []
+                             f"{values[row, column]}; lower its learning rate and start again")
+        self.history, now = [], time.time()
         if self.rank:
             return
-        spent = self.seconds + time.time() - self.began
-        left = (time.time() - self.began) / (self.step - self.first_step) * (self.o.steps - self.step)
         row = {"step": self.step, **dict(zip(names, values.mean(0).tolist())), "pool": len(self.pool["x"]),
-               "seconds": spent}
+               "seconds": now - self.began}
+        left = (now - self.resumed) / (self.step - self.first_step) * (self.o.steps - self.step)
         with open(self.folder / "log.csv", "a") as file:
             if file.tell() == 0:
                 file.write(",".join(row) + "\n")
-            file.write(",".join(f"{v:.6g}" for v in row.values()) + "\n")
+            file.write(",".join(f"{value:.6g}" for value in row.values()) + "\n")
         print(f"step {self.step:6d}/{self.o.steps}  " + "  ".join(f"{n} {row[n]:8.4f}" for n in names)
-              + f"  pool {row['pool']:6d} images  {spent:6.0f} s  {left:6.0f} s left", flush=True)
+              + f"  pool {row['pool']:6d} images  {row['seconds']:6.0f} s  {left:6.0f} s left", flush=True)
 
     def save(self):
-        """Write the checkpoint to a temporary name, then move it into place: it is whole at any moment."""
+        """Write the checkpoint under a temporary name, then move it: at any moment there is a whole one."""
         self.saved = time.time()
         content = {"format": evaluation.FORMAT, "task": self.task, "step": self.step,
-                   "seconds": self.seconds + time.time() - self.began, "config": dataclasses.asdict(self.o),
-                   "state": {name: part.state_dict() for name, part in self.parts.items()}, "pool": self.pool}
-        partial = self.folder / "checkpoint.part"
-        torch.save(content, partial)
-        os.replace(partial, self.folder / "checkpoint.pt")
+                   "seconds": self.saved - self.began, "config": dataclasses.asdict(self.o),
+                   "pool": self.pool,
+                   "state": {name: part.state_dict() for name, part in self.parts.items()}}
+        torch.save(content, self.folder / "checkpoint.part")
+        os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
 
-
-    def finish(self, *results):
+    def finish(self, about, measured):
         """Write results.json and the curves, print the table."""
-        content = {"task": self.task, "seconds": round(self.seconds + time.time() - self.began, 1)}
-        for part in results:
-            content.update(part)
-        (self.folder / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+        results = {"task": self.task, **about, "seconds": round(time.time() - self.began, 1), **measured}
+        (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         evaluation.picture_curves(self.folder)
-        evaluation.print_table(content)
-        print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and the pictures")
+        evaluation.print_table(results)
+        print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and pictures")
 
 
 def main(argv):
@@ -333,11 +325,11 @@ def main(argv):
     task, folder, checkpoint = type(o).__name__.lower(), Path(o.out), None
     if resume:
         checkpoint = evaluation.load_checkpoint(folder, task)
-        changed = [f"--{name.replace('_', '-')}" for name, value in given.items()
-                   if name not in ("out", "stop_after") and checkpoint["config"][name] != value]
-        if changed:
-            raise ValueError(f"{folder}: its run has another {', '.join(changed)}; leave that out, or start a new "
-                             f"run with another --out")
+        other = [flag(name) for name, value in given.items()
+                 if name not in ("out", "stop_after") and checkpoint["config"][name] != value]
+        if other:
+            raise ValueError(f"{folder}: was started with another {', '.join(other)}; leave that out, or "
+                             f"start a new run with another --out")
         o = type(o)(**{**checkpoint["config"], "out": o.out, "stop_after": o.stop_after})
     elif (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
