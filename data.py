@@ -225,6 +225,13 @@ def to_uint8(images):
     return (images * 255).round().to(torch.uint8)
 
 
+def resize(images, size):
+    """Images (B,C,H,W) in [0,1] at size x size, as Pillow does: antialiased bilinear, half-pixel centres."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return nnf.interpolate(images, size=(size, size), mode="bilinear", antialias=True).clamp(0, 1)
+
+
 def download_mnist(folder):
     """Fetch the files of MNIST that the folder lacks, checked by MD5; ValueError if it cannot."""
     for name, md5 in MNIST_MD5.items():
@@ -266,7 +273,7 @@ def read_idx(folder, name, dims):
 def load_mnist(folder, split, size):
     """Images (N,1,size,size) in [0,1] and labels (N,) int64 of a split of MNIST, "train" or "t10k".
 
-    Resized as Pillow does (antialiased bilinear, half-pixel centres). ValueError if the labels do not fit.
+    Raises ValueError if images and labels do not go together.
     """
     images = read_idx(folder, f"{split}-images-idx3-ubyte", 3)
     labels = read_idx(folder, f"{split}-labels-idx1-ubyte", 1)
@@ -275,11 +282,9 @@ def load_mnist(folder, split, size):
     if labels.max() > 9:
         raise ValueError(f"{folder}/{split}-labels-idx1-ubyte: label {labels.max()} of image "
                          f"{labels.argmax()} is outside 0-9; fetch the file again")
-    images = [part.float() / 255 for part in torch.from_numpy(images.copy())[:, None].split(2000)]
-    if images[0].shape[-2:] != (size, size):
-        images = [nnf.interpolate(part, size=(size, size), mode="bilinear", antialias=True).clamp(0, 1)
-                  for part in images]
-    return torch.cat(images), torch.from_numpy(labels.astype(np.int64))
+    parts = torch.from_numpy(images.copy())[:, None].split(2000)
+    images = torch.cat([resize(part.float() / 255, size) for part in parts])
+    return images, torch.from_numpy(labels.astype(np.int64))
 
 
 def open_rgb(path):

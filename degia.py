@@ -66,8 +66,8 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
     """Eq. (7) summed over images: l(x, y, c) - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ].
 
     x (B,3,H,W) of ONE class c (B,); feature_src (B,T) = M(x_src); u, shift as in `Flow.log_prob`, held during
-    an ascent. The features' distance is a mean over features, d is per dimension. F None leaves out -log p and
-    d: what remains is adversarial data augmentation.
+    an ascent. The features' distance is a mean over features, d is per dimension. Without F, -log p and d go:
+    what remains is adversarial data augmentation.
     """
     output, feature = M(x)
     loss = task_loss(output, y)
@@ -81,7 +81,9 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
 
 
 def build(o):
-    """M and F of the options o, as they are when training starts."""
+    """M and F of the options o, untrained. Raises ValueError if F's size does not fit."""
+    if o.flow_size > o.size:
+        raise ValueError(f"--flow-size {o.flow_size}: larger than the images; choose at most --size {o.size}")
     M = LeNet(10, o.size)
     F = Flow(o.flow_channels, o.flow_size, 10, steps=o.flow_steps, hidden=o.flow_hidden, gamma=o.gamma,
              lam=o.lam)

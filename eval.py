@@ -188,6 +188,27 @@ def load_checkpoint(folder, task=None):
     return content
 
 
+def load_networks(folder):
+    """Options, device, M and F of a trained run, rebuilt from what its checkpoint carries."""
+    checkpoint = load_checkpoint(folder, "degia")
+    o = SimpleNamespace(**checkpoint["config"])
+    compute = Compute(o.dtype)
+    M, F = (net.to(compute.device, memory_format=torch.channels_last) for net in degia.build(o))
+    M.load_state_dict(checkpoint["state"]["M"])
+    F.load_state_dict(checkpoint["state"]["F"])
+    return o, compute, M, F, checkpoint["step"]
+
+
+def judge_samples(F, judge, per_class=100):
+    """Print how many samples of F of class c the digit network of another run takes for c."""
+    o, compute, M, _, _ = load_networks(judge)
+    c = torch.arange(10, device=compute.device).repeat_interleave(per_class)
+    samples = F.sample(c, torch.Generator(compute.device).manual_seed(0)).expand(-1, 3, -1, -1)
+    said = predict(M, data.to_uint8(data.resize(samples, o.size)), compute)
+    right = (said == c.cpu()).float().view(10, per_class).mean(1) * 100
+    print(f"samples of F read as their class: {right.mean():.1f} %; by class {right.round().int().tolist()}")
+
+
 def predict_files(o, compute, M, files, folder):
     """Print the digit that M sees in each file, and draw it on each image."""
     images = torch.stack([torch.from_numpy(np.array(data.open_rgb(f).resize(
@@ -215,23 +236,21 @@ def parse(argv):
     parser.add_argument("run", help="folder of a trained run")
     parser.add_argument("--data", help="measure on this data instead of the run's own")
     parser.add_argument("--unseen", nargs="+", help="measure on these unseen domains")
+    parser.add_argument("--judge", metavar="RUN", help="let that run's digit network read samples of F")
     parser.add_argument("--images", nargs="+", help="apply the run to these image files")
     return parser.parse_args(argv)
 
 
 def main(argv):
     args = parse(argv)
-    checkpoint = load_checkpoint(args.run)
-    o = SimpleNamespace(**checkpoint["config"])
-    o.data, o.unseen = args.data or o.data, args.unseen or o.unseen
-    compute, folder = Compute(o.dtype), Path(args.run)
-    M, F = (net.to(compute.device, memory_format=torch.channels_last) for net in degia.build(o))
-    M.load_state_dict(checkpoint["state"]["M"])
-    F.load_state_dict(checkpoint["state"]["F"])
+    o, compute, M, F, step = load_networks(args.run)
+    o.data, o.unseen, folder = args.data or o.data, args.unseen or o.unseen, Path(args.run)
     if args.images:
         return predict_files(o, compute, M, args.images, folder)
+    if args.judge:
+        return judge_samples(F, args.judge)
     _, _, domains = data.load_digits(o, folder)
-    results = {"task": "degia", "method": o.method, "seed": o.seed, "steps": checkpoint["step"]}
+    results = {"task": "degia", "method": o.method, "seed": o.seed, "steps": step}
     print_table({**results, **evaluate_degia(o, compute, M, F, domains, folder)})
 
 

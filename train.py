@@ -166,7 +166,7 @@ class Degia(Common):
     beta: float = option(.2, "share of the training images that a max phase starts from", 0, 1, paper=.2)
     K: int = option(5, "ascent steps of a max phase", 1)
     eta: float = option(.4, "largest root mean square change of an ascent step; each image draws its own", 0)
-    blur: int = option(5, "side of the mean that smooths the ascent's gradient, odd", 1)
+    blur: int = option(5, "side of the mean that smooths the ascent's gradient", choices=(1, 3, 5, 7, 9))
     alpha: float = option(1., "weight of the two distances in (7)", 0, paper=1.)
     density: float = option(1., "weight of -log p in (7)", 0)
     gamma: float = option(1., "scale of the class means in (8)", 0)
