@@ -23,6 +23,11 @@ SQUEEZED_LOGIT = .05  # eps of logit(eps + (1 - 2 eps) y): a bare logit overflow
 NOISE_DIM = 16        # dimension of n in H_m(n)
 
 
+def in_float32(function):
+    """Decorator: run without autocast, which would round the code itself, not only the networks, to bfloat16."""
+    return torch.autocast("cuda", enabled=False)(torch.autocast("cpu", enabled=False)(function))
+
+
 def squeeze(x):
     """Fold 2x2 pixels into channels: (B,C,H,W) -> (B,4C,H/2,W/2)."""
     return nnf.pixel_unshuffle(x, 2)
@@ -65,6 +70,7 @@ class Invertible1x1(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0].contiguous())
 
+    @in_float32
     def forward(self, x):
         y = torch.einsum("ij,bjhw->bihw", self.weight, x)
         return y, torch.linalg.slogdet(self.weight)[1] * x[0, 0].numel()
@@ -189,8 +195,7 @@ class Flow(nn.Module):
 
         self(x, u, before)
 
-    @torch.autocast("cuda", enabled=False)
-    @torch.autocast("cpu", enabled=False)
+    @in_float32
     def inverse(self, z):
         """x with F(x) = z before rounding: y = (255 x + u)/256 (B,C,S,S), in float32."""
         channels, size, _ = self.shape
