@@ -161,7 +161,7 @@ class Degia(Common):
     steps: int = option(900, "steps of the min phase", 1)
     batch: int = option(128, "images per step, over all processes", 2, paper=128)
     lr: float = option(5e-4, "learning rate of M; linear to 0 over the second half", 0, paper=1e-4)
-    flow_lr: float = option(1e-3, "the same for F", 0, paper=1e-4)
+    flow_lr: float = option(3e-3, "the same for F", 0, paper=1e-4)
     rounds: int = option(5, "max phases, spread over training", 0)
     beta: float = option(.2, "share of the training images that a max phase starts from", 0, 1, paper=.2)
     K: int = option(5, "ascent steps of a max phase", 1)
