@@ -398,6 +398,9 @@ def test_eval_repeats_the_numbers_and_reads_the_users_images(tmp_path, capsys):
     Image.new("L", (40, 30), 200).save(tmp_path / "mine.png")
     evaluation.main([str(tmp_path), "--images", str(tmp_path / "mine.png")])
     assert re.search(r"mine.png: \d", capsys.readouterr().out) and (tmp_path / "images.png").exists()
+    evaluation.main([str(tmp_path), "--judge", str(tmp_path)])
+    share = float(re.search(r"read as their class: ([\d.]+) %", capsys.readouterr().out)[1])
+    assert 0 <= share <= 30  # neither network has learned anything in four steps
 
 
 def readme_commands():
