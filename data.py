@@ -370,6 +370,7 @@ def load_digits(o, cache):
     """The digit task: training images (N,3,S,S) uint8, labels (N,), {domain: (images, labels)} to measure.
 
     o.data       "embedded" or a folder with MNIST, o.train of whose training images are used, at side o.size
+    o.look       the look of the training digits
     o.unseen     folders: MNIST-M in the release's layout, or photographs to make it from MNIST's test set
     o.validate   measure on held-out training digits and the development looks instead, to choose settings
     """
@@ -392,7 +393,9 @@ def load_digits(o, cache):
     for name in LOOKS_DEV if o.validate else LOOKS_UNSEEN if o.data == "embedded" and not o.unseen else ():
         domains[name] = (apply_look(name, test, 7), test_label)
     for folder in map(Path, () if o.validate else o.unseen):
+        if folder.resolve().name in domains:
+            raise ValueError(f"{folder}: a second domain of that name; rename the folder")
         real = any((folder / f"mnist_m_{split}").is_dir() for split in ("train", "test"))
         domains[folder.resolve().name] = load_mnist_m(folder, o.size, cache) if real else \
             (to_uint8(make_mnist_m(test, folder, 0)), test_label)
-    return apply_look("source", digit, 0), label, domains
+    return apply_look(o.look, digit, 0), label, domains

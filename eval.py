@@ -199,12 +199,14 @@ def load_networks(folder):
     return o, compute, M, F, checkpoint["step"]
 
 
-def judge_samples(F, judge, per_class=100):
+def judge_samples(F, judge, temperature, per_class=100):
     """Print how many samples of F of class c the digit network of another run takes for c."""
     o, compute, M, _, _ = load_networks(judge)
+    if o.method == "flow":
+        raise ValueError(f"{judge}: was trained with --method flow and reads no digits; name another run")
     c = torch.arange(10, device=compute.device).repeat_interleave(per_class)
-    samples = F.sample(c, torch.Generator(compute.device).manual_seed(0)).expand(-1, 3, -1, -1)
-    said = predict(M, data.to_uint8(data.resize(samples, o.size)), compute)
+    samples = F.sample(c, torch.Generator(compute.device).manual_seed(0), temperature)
+    said = predict(M, data.to_uint8(data.resize(samples.expand(-1, 3, -1, -1), o.size)), compute)
     right = (said == c.cpu()).float().view(10, per_class).mean(1) * 100
     print(f"samples of F read as their class: {right.mean():.1f} %; by class {right.round().int().tolist()}")
 
@@ -222,13 +224,16 @@ def predict_files(o, compute, M, files, folder):
 
 
 def exit_on_bad_input(main):
-    """Run main(argv); a ValueError or an OSError becomes one line and exit code 2."""
+    """Run main(argv); a ValueError or OSError becomes one line and exit code 2, Ctrl-C one line and 130."""
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; train.py goes on from the last checkpoint with --resume", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse(argv):
@@ -237,6 +242,7 @@ def parse(argv):
     parser.add_argument("--data", help="measure on this data instead of the run's own")
     parser.add_argument("--unseen", nargs="+", help="measure on these unseen domains")
     parser.add_argument("--judge", metavar="RUN", help="let that run's digit network read samples of F")
+    parser.add_argument("--temperature", type=float, default=1., help="of the samples that --judge reads")
     parser.add_argument("--images", nargs="+", help="apply the run to these image files")
     return parser.parse_args(argv)
 
@@ -245,10 +251,13 @@ def main(argv):
     args = parse(argv)
     o, compute, M, F, step = load_networks(args.run)
     o.data, o.unseen, folder = args.data or o.data, args.unseen or o.unseen, Path(args.run)
+    if args.images and o.method == "flow" or args.judge and o.method not in ("degia", "flow"):
+        raise ValueError(f"{folder}: was trained with --method {o.method}, which has no network for that; "
+                         f"name another run")
     if args.images:
         return predict_files(o, compute, M, args.images, folder)
     if args.judge:
-        return judge_samples(F, args.judge)
+        return judge_samples(F, args.judge, args.temperature)
     _, _, domains = data.load_digits(o, folder)
     results = {"task": "degia", "method": o.method, "seed": o.seed, "steps": step}
     print_table({**results, **evaluate_degia(o, compute, M, F, domains, folder)})

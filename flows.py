@@ -20,22 +20,13 @@ import torch.nn as nn
 import torch.nn.functional as nnf
 
 SQUEEZED_LOGIT = .05  # eps of logit(eps + (1 - 2 eps) y): a bare logit overflows at white pixels
+SCALE_BOUND = 2.      # bound of a coupling's log-scale
 NOISE_DIM = 16        # dimension of n in H_m(n)
 
 
 def in_float32(function):
-    """Decorator: run without autocast, which would round the code itself, not only the networks, to bfloat16."""
+    """Decorator: run without autocast, which would round the code z itself to bfloat16."""
     return torch.autocast("cuda", enabled=False)(torch.autocast("cpu", enabled=False)(function))
-
-
-def squeeze(x):
-    """Fold 2x2 pixels into channels: (B,C,H,W) -> (B,4C,H/2,W/2)."""
-    return nnf.pixel_unshuffle(x, 2)
-
-
-def unsqueeze(x):
-    """Inverse of `squeeze`."""
-    return nnf.pixel_shuffle(x, 2)
 
 
 class ActNorm(nn.Module):
@@ -80,14 +71,14 @@ class Invertible1x1(nn.Module):
 
 
 class AffineCoupling(nn.Module):
-    """y_a = x_a;  y_b = exp(s(x_a)) x_b + t(x_a), |s| < bound;  log |det| = sum s.
+    """y_a = x_a;  y_b = exp(s(x_a)) x_b + t(x_a), |s| < SCALE_BOUND;  log |det| = sum s.
 
     The last layer starts at zero, so that the coupling starts as the identity.
     """
 
-    def __init__(self, channels, hidden, bound=2.):
+    def __init__(self, channels, hidden):
         super().__init__()
-        self.bound, self.kept = bound, channels // 2
+        self.kept = channels // 2
         changed = channels - self.kept
         self.net = nn.Sequential(nn.Conv2d(self.kept, hidden, 3, padding=1), nn.ReLU(),
                                  nn.Conv2d(hidden, hidden, 1), nn.ReLU(),
@@ -97,7 +88,7 @@ class AffineCoupling(nn.Module):
 
     def scale_and_shift(self, x_a):
         s, t = self.net(x_a).to(x_a.dtype).chunk(2, 1)
-        return self.bound * torch.tanh(s / self.bound), t
+        return SCALE_BOUND * torch.tanh(s / SCALE_BOUND), t
 
     def forward(self, x):
         x_a, x_b = x[:, :self.kept], x[:, self.kept:]
@@ -152,16 +143,15 @@ class Flow(nn.Module):
     def __init__(self, channels, size, classes, levels=2, steps=4, hidden=64, gamma=1., lam=.1):
         super().__init__()
         if size % 2 ** levels:
-            raise ValueError(f"flow size {size} is not a multiple of {2 ** levels}: "
-                             f"choose another --flow-size")
+            raise ValueError(f"--flow-size {size}: not a multiple of {2 ** levels}; choose another")
         self.shape, self.dim = (channels, size, size), channels * size * size
-        self.levels = nn.ModuleList()
+        self.levels, self.part_shapes = nn.ModuleList(), []  # what each level gives to z
         for level in range(levels):
-            channels = channels * 4
+            channels, size = channels * 4, size // 2
             self.levels.append(nn.ModuleList([layer for _ in range(steps) for layer in (
                 ActNorm(channels), Invertible1x1(channels), AffineCoupling(channels, hidden))]))
-            if level < levels - 1:
-                channels = channels // 2
+            channels = channels if level == levels - 1 else channels // 2
+            self.part_shapes.append((channels, size, size))
         self.prior = Prior(self.dim, classes, gamma, lam)
 
     def forward(self, x, u, before=None):
@@ -175,7 +165,7 @@ class Flow(nn.Module):
         log_det = (math.log(1 - 2 * SQUEEZED_LOGIT) - torch.log(y) - torch.log1p(-y)).sum((1, 2, 3))
         z = []
         for i, level in enumerate(self.levels):
-            h = squeeze(h)
+            h = nnf.pixel_unshuffle(h, 2)  # squeeze: (B,C,H,W) -> (B,4C,H/2,W/2)
             for layer in level:
                 if before is not None:
                     before(layer, h)
@@ -197,22 +187,16 @@ class Flow(nn.Module):
 
     @in_float32
     def inverse(self, z):
-        """x with F(x) = z before rounding: y = (255 x + u)/256 (B,C,S,S), in float32."""
-        channels, size, _ = self.shape
-        shapes = []
-        for i in range(len(self.levels)):
-            channels, size = channels * 4, size // 2
-            if i < len(self.levels) - 1:
-                channels = channels // 2
-            shapes.append((channels, size, size))
-        parts = [p.view(-1, *s) for p, s in zip(z.split([math.prod(s) for s in shapes], 1), shapes)]
+        """y = (255 x + u)/256 (B,C,S,S) for the x, u with F(x, u) = z, in float32."""
+        parts = z.split([math.prod(shape) for shape in self.part_shapes], 1)
+        parts = [part.view(-1, *shape) for part, shape in zip(parts, self.part_shapes)]
         h = parts.pop()
         for i, level in reversed(list(enumerate(self.levels))):
             if i < len(self.levels) - 1:
                 h = torch.cat([h, parts.pop()], 1)
             for layer in reversed(level):
                 h = layer.inverse(h)
-            h = unsqueeze(h)
+            h = nnf.pixel_shuffle(h, 2)
         return (torch.sigmoid(h) - SQUEEZED_LOGIT) / (1 - 2 * SQUEEZED_LOGIT)
 
     def log_prob(self, x, c, u, shift=0.):
@@ -221,11 +205,11 @@ class Flow(nn.Module):
         return self.prior.log_prob(z, c, shift) + log_det
 
     @torch.no_grad()
-    def sample(self, c, generator):
-        """Images (B,C,S,S) in {0, 1/255, ..., 1}: z ~ N(mu_c, Sigma_c), x = floor(256 F^-1(z))/255."""
+    def sample(self, c, generator, temperature=1.):
+        """Images (B,C,S,S) in {0, 1/255, ..., 1}: z ~ N(mu_c, T^2 Sigma_c), x = floor(256 F^-1(z))/255."""
         n = torch.randn(len(c), NOISE_DIM, generator=generator, device=c.device)
         eps = torch.randn(len(c), self.dim, generator=generator, device=c.device)
-        z = self.prior.mean(c) + self.prior.shift(n) + self.prior.std(c) * eps
+        z = self.prior.mean(c) + self.prior.shift(n) + temperature * self.prior.std(c) * eps
         return (self.inverse(z) * 256).floor().clamp(0, 255) / 255
 
 

@@ -86,7 +86,8 @@ def test_actnorm_normalises_its_first_batch_and_stays_set_after_a_reload():
     x, u = images(64)
     F.initialise(x, u)
     layer = F.levels[0][0]
-    h = layer(flows.squeeze(torch.logit(.05 + .9 * (255 * x + u) / 256)))[0]
+    h = torch.logit(.05 + .9 * (255 * x + u) / 256)
+    h = layer(torch.nn.functional.pixel_unshuffle(h, 2))[0]
     assert h.mean((0, 2, 3)).abs().max() < 1e-6 and (h.std((0, 2, 3)) - 1).abs().max() < .01
     other.load_state_dict(F.state_dict())
     other.initialise(.1 * x, u)
@@ -227,6 +228,13 @@ def write_mnist(folder, n=40, label=None, cut=0):
     return folder
 
 
+def swap_labels(folder):
+    """The label file under the image file's name."""
+    (folder / "train-images-idx3-ubyte.gz").unlink()
+    (folder / "train-labels-idx1-ubyte").rename(folder / "train-images-idx3-ubyte")
+    return folder
+
+
 def write_mnist_m(folder, labels="3 1 4", damaged=False):
     """A folder in the layout of MNIST-M's release: constant images of brightness 80, 81, ..."""
     images = folder / "mnist_m_train"
@@ -346,13 +354,14 @@ BAD = {
     "empty folder": (lambda t: ["--data", t], "no train-images-idx3-ubyte"),
     "truncated": (lambda t: ["--data", write_mnist(t / "m", cut=9)], "idx3-ubyte.gz: truncated"),
     "label 11": (lambda t: ["--data", write_mnist(t / "m", label=11)], "label 11 .* outside 0-9"),
+    "mislabelled": (lambda t: ["--data", swap_labels(write_mnist(t / "m"))], "ubyte: not an IDX file"),
     "too few": (lambda t: ["--data", write_mnist(t / "m"), "--train", 41], "--train 41"),
     "no png": (lambda t: ["--data", write_mnist(t / "m"), "--unseen", write_mnist_m(t / "u", damaged=True),
                           "--train", 20], "1.png: not a readable image"),
     "bad label": (lambda t: ["--data", write_mnist(t / "m"), "--unseen", write_mnist_m(t / "u", "3 x"),
                              "--train", 20], "labels.txt, line 2"),
-    "beta": (lambda t: ["--beta", 2], "--beta 2.0: must be at least 0 and at most 1"),
-    "flow size": (lambda t: ["--flow-size", 6], "flow size 6 is not a multiple of 4"),
+    "beta": (lambda t: ["--beta", 2], "--beta 2.0: must be from 0.0001 to 1"),
+    "flow size": (lambda t: ["--flow-size", 6], "--flow-size 6: not a multiple of 4"),
     "nothing to resume": (lambda t: ["--resume"], "checkpoint.pt: no such checkpoint"),
 }
 

@@ -55,7 +55,7 @@ def train_degia(o, run):
         # ---- maximization, eq. (7): ORIGINAL images climb to new samples of plausible new domains
         if step in rounds:
             picked = torch.randperm(len(x_src), generator=run.generator(step, 1), device=run.device)
-            picked = picked[:round(o.beta * len(x_src))]
+            picked = picked[:round(o.beta * len(x_src)) or 1]
             new = new_samples(o, run, step, M, F if train_F else None, x_src[picked], y_src[picked])
             pool["x"], pool["source"] = torch.cat([pool["x"], new]), torch.cat([pool["source"], picked])
 
@@ -131,7 +131,7 @@ def new_samples(o, run, step, M, F, x_src, y_src):
 
 # ---------------------------------------------------------------- options
 
-def option(default, text, low=None, high=None, choices=None, paper=None):
+def option(default, text, low=None, high=float("inf"), choices=None, paper=None):
     """A field of an options dataclass: default, help line, allowed range or choices, the paper's value."""
     about = {"help": text, "low": low, "high": high, "choices": choices, "paper": paper}
     return field(default_factory=lambda: default, metadata=about)
@@ -154,6 +154,7 @@ class Degia(Common):
                          choices=("degia", "pure", "ada", "flow"))
     data: str = option("embedded", "'embedded' or a folder with MNIST")
     unseen: list = option([], "folders measured at the end: MNIST-M, or photographs to make it from")
+    look: str = option("source", "look of the training digits", choices=tuple(data.LOOKS))
     download: bool = option(False, "fetch the MNIST files that --data lacks")
     validate: bool = option(False, "to choose settings: measure on held-out digits and development looks")
     train: int = option(10_000, "number of training images", 10)
@@ -163,7 +164,7 @@ class Degia(Common):
     lr: float = option(5e-4, "learning rate of M; linear to 0 over the second half", 0, paper=1e-4)
     flow_lr: float = option(3e-3, "the same for F", 0, paper=1e-4)
     rounds: int = option(5, "max phases, spread over training", 0)
-    beta: float = option(.2, "share of the training images that a max phase starts from", 0, 1, paper=.2)
+    beta: float = option(.2, "share of the training images that a max phase starts from", 1e-4, 1, paper=.2)
     K: int = option(5, "ascent steps of a max phase", 1)
     eta: float = option(.4, "largest root mean square change of an ascent step; each image draws its own", 0)
     blur: int = option(5, "side of the mean that smooths the ascent's gradient", choices=(1, 3, 5, 7, 9))
@@ -198,10 +199,8 @@ def parse(argv):
     o = kind(**{**stated, **given})
     o.out = o.out or f"runs/{kind.__name__.lower()}"
     for name, m in fields.items():
-        low, high = (float("-inf") if m["low"] is None else m["low"]), m["high"]
-        if m["low"] is not None and not low <= getattr(o, name) <= (float("inf") if high is None else high):
-            raise ValueError(f"{flag(name)} {getattr(o, name)}: must be at least {low}"
-                             + (f" and at most {high}" if high is not None else ""))
+        if m["low"] is not None and not m["low"] <= getattr(o, name) <= m["high"]:
+            raise ValueError(f"{flag(name)} {getattr(o, name)}: must be from {m['low']} to {m['high']}")
     return o, resume, given
 
 
@@ -336,6 +335,8 @@ def main(argv):
     if getattr(o, "download", False):
         data.download_mnist(o.data)
     TASKS[task][1](o, Run(o, checkpoint))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 TASKS = {"degia": (Degia, train_degia)}
