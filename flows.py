@@ -21,6 +21,7 @@ import torch.nn.functional as nnf
 
 SQUEEZED_LOGIT = .05  # eps of logit(eps + (1 - 2 eps) y): a bare logit overflows at white pixels
 SCALE_BOUND = 2.      # bound of a coupling's log-scale
+SEEN_BOUND = 5.       # bound of what a coupling's network sees
 NOISE_DIM = 16        # dimension of n in H_m(n)
 
 
@@ -87,7 +88,8 @@ class AffineCoupling(nn.Module):
         nn.init.zeros_(self.net[-1].bias)
 
     def scale_and_shift(self, x_a):
-        s, t = self.net(x_a).to(x_a.dtype).chunk(2, 1)
+        seen = SEEN_BOUND * torch.tanh(x_a / SEEN_BOUND)  # else one odd value can run away
+        s, t = self.net(seen).to(x_a.dtype).chunk(2, 1)
         return SCALE_BOUND * torch.tanh(s / SCALE_BOUND), t
 
     def forward(self, x):

@@ -26,6 +26,7 @@ import degia
 import eval as evaluation
 from flows import NOISE_DIM, bits_per_dim
 
+LOOKS = tuple(data.LOOKS)
 ASCENT_BATCH = 256  # images of a class that ascend together; P_x of eq. (7) is estimated over them
 
 
@@ -154,7 +155,7 @@ class Degia(Common):
                          choices=("degia", "pure", "ada", "flow"))
     data: str = option("embedded", "'embedded' or a folder with MNIST")
     unseen: list = option([], "folders measured at the end: MNIST-M, or photographs to make it from")
-    look: str = option("source", "look of the training digits", choices=tuple(data.LOOKS))
+    look: str = option("source", "look of the training digits", choices=LOOKS)
     download: bool = option(False, "fetch the MNIST files that --data lacks")
     validate: bool = option(False, "to choose settings: measure on held-out digits and development looks")
     train: int = option(10_000, "number of training images", 10)
