@@ -247,8 +247,9 @@ def download_mnist(folder):
         if hashlib.md5(content).hexdigest() != md5:
             raise ValueError(f"{MNIST_URL}{name}: not the published file (MD5); fetch it elsewhere")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.with_suffix(".part").write_bytes(content)
-        target.with_suffix(".part").replace(target)
+        partial = target.with_suffix(f".{os.getpid()}.part")
+        partial.write_bytes(content)
+        partial.replace(target)
 
 
 def read_idx(folder, name, dims):
@@ -378,6 +379,8 @@ def load_digits(o, cache):
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder; --data takes one with MNIST (or add --download), "
                              f"--unseen takes MNIST-M or photographs")
+    if o.validate and o.unseen:
+        raise ValueError("--validate: measures on the development looks; leave out --unseen")
     if o.data == "embedded":  # the digits that are measured are the same for all seeds
         digit, label = make_digits(o.train, o.size, 2 * o.seed)
         test, test_label = make_digits(2000, o.size, 999_001 if o.validate else 999_002)

@@ -3,11 +3,12 @@
     x, y, c   image (B,3,H,W) in [0,1], its target, its class (digits: c = y)
     x_src     the original training image that x started from
     M         task network; its *template feature* is the input of its last layer
-    F         class-conditional flow of the source (flows.py); it sees x averaged down to its own size
-    alpha     weight of the constraint of eq. (6);  lam = lambda of eq. (8)
+    F         class-conditional flow of the training set, new samples included; it sees x averaged down to
+              D numbers
+    alpha     weight of the constraint of eq. (6)
 
-min phase, eq. (5):  l = l_task(M(x), y) - density log p_X(x, c)
-max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ] }
+min phase, eq. (5):  l = l_task(M(x), y) - log p_X(x, c) / D; M and F share no parameter: each steps alone
+max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ] }, log p by `density`
 """
 import torch
 import torch.nn as nn

@@ -258,6 +258,7 @@ def main(argv):
         return predict_files(o, compute, M, args.images, folder)
     if args.judge:
         return judge_samples(F, args.judge, args.temperature)
+    o.validate, o.train = o.validate and not args.unseen, 10  # the training images are not needed
     _, _, domains = data.load_digits(o, folder)
     results = {"task": "degia", "method": o.method, "seed": o.seed, "steps": step}
     print_table({**results, **evaluate_degia(o, compute, M, F, domains, folder)})

@@ -31,7 +31,7 @@ def in_float32(function):
 
 
 class ActNorm(nn.Module):
-    """y = exp(log_scale) (x - shift) per channel, set by the first training batch to mean 0 and deviation 1.
+    """y = exp(log_scale) (x - shift) per channel, set by `Flow.initialise` to mean 0 and deviation 1.
 
     That it has been set is a buffer: it must survive a checkpoint, or a reloaded flow would set itself anew.
     """
@@ -202,7 +202,7 @@ class Flow(nn.Module):
         return (torch.sigmoid(h) - SQUEEZED_LOGIT) / (1 - 2 * SQUEEZED_LOGIT)
 
     def log_prob(self, x, c, u, shift=0.):
-        """log p_X(x | c) = log p_Z(z, c) + log |det dF/dx|, eq. (2): (B,) nats of the dequantised image."""
+        """log p(y | c) = log p_Z(z, c) + log |det dz/dy|, eq. (2): (B,) nats of the dequantised image y."""
         z, log_det = self(x, u)
         return self.prior.log_prob(z, c, shift) + log_det
 

@@ -27,7 +27,7 @@ import eval as evaluation
 from flows import NOISE_DIM, bits_per_dim
 
 LOOKS = tuple(data.LOOKS)
-ASCENT_BATCH = 256  # images of a class that ascend together; P_x of eq. (7) is estimated over them
+ASCENT_BATCH = 256  # at most so many images of a class ascend together; P_x of eq. (7) is theirs
 
 
 # ---------------------------------------------------------------- DeGIA: the min/max loop
@@ -91,10 +91,10 @@ def train_degia(o, run):
             torch.nn.utils.clip_grad_norm_(F.parameters(), 10.)
             opt_F.step()
 
-        if not run.end_step(step, losses, step in rounds):
-            return
         if step in rounds and run.rank == 0:
             evaluation.picture_new_samples(x_src, pool, len(picked), run.folder / "new_samples.png")
+        if not run.end_step(step, losses, step in rounds):
+            return
     if run.rank == 0:
         run.finish({"method": o.method, "seed": o.seed, "steps": run.step},
                    evaluation.evaluate_degia(o, run.compute, M, F, domains, run.folder))
@@ -108,12 +108,12 @@ def new_samples(o, run, step, M, F, x_src, y_src):
     g = run.generator(step, 1)
     u = torch.rand(len(x_src), *(F.shape if F else (1,)), generator=g, device=run.device)
     n = torch.randn(len(x_src), NOISE_DIM, generator=g, device=run.device)
-    eta = o.eta * torch.rand(len(x_src), 1, 1, 1, generator=g, device=run.device)  # some go far
+    eta = o.eta * torch.rand(len(x_src), 1, 1, 1, generator=g, device=run.device)
     new = torch.zeros_like(x_src)
     M.eval()
     for c in range(run.rank, 10, run.world):
         rows = torch.nonzero(y_src == c)[:, 0]
-        for part in rows.split(ASCENT_BATCH) if len(rows) else ():
+        for part in rows.tensor_split(-(-len(rows) // ASCENT_BATCH)) if len(rows) else ():
             x, y = run.compute.images(x_src[part]), y_src[part]
             with run.compute.autocast(), torch.no_grad():
                 feature_src = M(x)[1].float()
@@ -142,7 +142,7 @@ def option(default, text, low=None, high=float("inf"), choices=None, paper=None)
 class Common:
     """Options of every task."""
     out: str = option("", "run folder; if not given, runs/ and the task")
-    seed: int = option(0, "seed of the data, the networks and every step", 0, 10 ** 6)
+    seed: int = option(0, "seed of the data, the networks and every step", 0, 400_000)
     dtype: str = option("auto", "auto: bf16 on CUDA and on CPUs that multiply it",
                        choices=("auto", "bf16", "f32"))
     stop_after: int = option(0, "stop early on purpose after this many steps; 0: do not", 0)
@@ -227,7 +227,7 @@ class Run:
         self.step = self.first_step = checkpoint["step"] if checkpoint else 0
         self.began = time.time() - (checkpoint["seconds"] if checkpoint else 0)
         self.resumed = self.saved = time.time()
-        self.log_every, self.history = max(1, o.steps // 100), []
+        self.log_every, self.history = max(1, min(50, o.steps // 100)), []
 
     def generator(self, step, stream=0):
         """The source of all that is random in a step; streams: 0 its batch, 1 its max phase, 2 the start."""
@@ -262,6 +262,8 @@ class Run:
             steps = [line.split(",")[0] for line in lines]
             log.write_text("".join(f"{line}\n" for line, step in zip(lines, steps)
                                    if not step.isdigit() or int(step) <= self.step))
+            if not self.checkpoint:
+                self.save()
 
     def end_step(self, step, losses, round_ended):
         """Log, check and save when it is time; False if the run is to stop before its end."""
@@ -304,6 +306,10 @@ class Run:
     def save(self):
         """Write the checkpoint under a temporary name, then move it: at any moment there is a whole one."""
         self.saved = time.time()
+        for name, net in self.parts.items():
+            if isinstance(net, torch.nn.Module) and not all(p.isfinite().all() for p in net.parameters()):
+                raise ValueError(f"step {self.step}: weights of {name} are not finite; lower its rate "
+                                 f"and start again")
         content = {"format": evaluation.FORMAT, "task": self.task, "step": self.step,
                    "seconds": self.saved - self.began, "config": dataclasses.asdict(self.o),
                    "pool": self.pool,
@@ -334,6 +340,8 @@ def main(argv):
     elif (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
     if getattr(o, "download", False):
+        if o.data == "embedded":
+            raise ValueError("--download: into which folder? name it with --data")
         data.download_mnist(o.data)
     TASKS[task][1](o, Run(o, checkpoint))
     if dist.is_initialized():
