@@ -1,9 +1,8 @@
-"""Data: embedded procedural digits and the real sets, as uint8 images (N,3,S,S) with labels.
+"""Data, embedded and real, as uint8 images (N,C,H,W). Points are (x, y) pixels, the first one (0, 0).
 
 The embedded digits are drawn by `draw_strokes`: the distance from every pixel to thick line segments. A
 *look* turns grey digits (white on black) into colour images of one domain. Networks train on `source`; UNSEEN
-looks are measured at the end, DEV looks are there to choose settings on. Points are (x, y) pixels, the first
-one (0, 0).
+looks are measured at the end, DEV looks are there to choose settings on.
 """
 import gzip
 import hashlib
@@ -49,22 +48,20 @@ MNIST_MD5 = {"train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
              "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
              "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
              "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c"}
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError)
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
-
 
 # ---------------------------------------------------------------- embedded digits
 
 def _curve(points):
     """CURVE_POINTS points evenly spaced along the Catmull-Rom curve through the control points."""
-    p = np.array([points[0], *points, points[-1]])
-    t = np.linspace(0, 1, 12, endpoint=False)[:, None]
+    p, t = np.array([points[0], *points, points[-1]]), np.linspace(0, 1, 12, endpoint=False)[:, None]
     dense = np.concatenate([b + t * (c - a) / 2 + t ** 2 * (a - 2.5 * b + 2 * c - d / 2)
                             + t ** 3 * (3 * b - a - 3 * c + d) / 2
                             for a, b, c, d in zip(p, p[1:], p[2:], p[3:])] + [p[-1:]])
     length = np.r_[0, np.cumsum(np.linalg.norm(np.diff(dense, axis=0), axis=1))]
     even = np.linspace(0, length[-1], CURVE_POINTS)
     return np.stack([np.interp(even, length, dense[:, i]) for i in (0, 1)], 1)
-
 
 def draw_strokes(start, end, radius, size, softness=.7):
     """Coverage (B,1,H,W) of thick segments: max over them of (radius - distance)/softness + 1/2, in [0,1].
@@ -82,9 +79,8 @@ def draw_strokes(start, end, radius, size, softness=.7):
         cover = torch.maximum(cover, ((r - distance) / softness + .5).clamp(0, 1))
     return cover[:, None]
 
-
 def make_digits(n, size, seed, device="cpu"):
-    """n random grey digits (n,1,size,size) in [0,1], white on black, and labels (n,) int64.
+    """n grey digits (n,1,size,size) in [0,1], white on black, and labels (n,).
 
     Random: way of writing, control points, elastic waves, rotation, shear, scale, place, width of the stroke.
     """
@@ -120,11 +116,9 @@ def make_digits(n, size, seed, device="cpu"):
         labels.append(label)
     return torch.cat(images), torch.cat(labels)
 
-
 def uniform_noise(n, gen):
     """rand(*shape): uniform noise (n, *shape) in [0,1] from the generator."""
     return lambda *shape: torch.rand(n, *shape, generator=gen, device=gen.device)
-
 
 def textures(n, size, gen, roughness=(.5, 1.)):
     """n natural-looking textures (n,3,size,size) in [0,1]: octaves of noise, mixed colours, a few edges."""
@@ -146,7 +140,6 @@ def textures(n, size, gen, roughness=(.5, 1.)):
         colour = colour + side * (.5 * rand(1, 1, 1) - .25 + .4 * (rand(3, 1, 1) - .5))
     return colour.clamp(0, 1)
 
-
 def two_colours(n, gen):
     """Two random colours (n,3,1,1), mostly 0.5 to 0.8 apart: the second is a step away from the first."""
     first, step = torch.rand(2, n, 3, 1, 1, generator=gen, device=gen.device)
@@ -155,18 +148,15 @@ def two_colours(n, gen):
     second = first + step
     return first, torch.where((second < 0) | (second > 1), first - step, second).clamp(0, 1)
 
-
 # A look maps grey digits (B,1,S,S) to colour images (B,3,S,S); all in [0,1], random by the generator.
 
 def look_source(digit, gen):
     """White on black, as written."""
     return digit.expand(-1, 3, -1, -1)
 
-
 def look_difference(digit, gen):
     """|background - digit| over coloured textures: the recipe of MNIST-M."""
     return (textures(len(digit), digit.shape[-1], gen) - digit).abs()
-
 
 def look_paint(digit, gen):
     """A digit of one colour on a shaded ground of another; the ink is the brighter one in six of seven."""
@@ -176,7 +166,6 @@ def look_paint(digit, gen):
     ink, paper = torch.where(swap, paper, ink), torch.where(swap, ink, paper)
     shade = textures(len(digit), digit.shape[-1], gen, (.2, .4)) - .5
     return (digit * ink + (1 - digit) * (.6 * paper + .3 * shade)).clamp(0, 1)
-
 
 def look_chalk(digit, gen):
     """Worn chalk on a board: uneven light, smears, grain, strokes with gaps."""
@@ -188,7 +177,6 @@ def look_chalk(digit, gen):
     grain = torch.randn(digit.shape, generator=gen, device=gen.device) * (.02 + .1 * rand(1, 1, 1))
     return (board + (.45 + .4 * rand(1, 1, 1)) * chalk + grain).clamp(0, 1)
 
-
 def look_stripes(digit, gen):
     """A coloured digit over stripes in two shades of another colour."""
     ink, paper = two_colours(len(digit), gen)
@@ -198,7 +186,6 @@ def look_stripes(digit, gen):
     stripe = (torch.sin(along * (.5 + .7 * width) + 6.3 * phase) * 2).clamp(-1, 1)
     return torch.lerp(paper + .15 * stripe, ink, digit).clamp(0, 1)
 
-
 def look_glass(digit, gen):
     """A translucent digit: it brightens a dark texture, or darkens a bright one, which shows through."""
     scene = textures(len(digit), digit.shape[-1], gen, (.3, .7))
@@ -206,17 +193,57 @@ def look_glass(digit, gen):
     target = (scene.mean((1, 2, 3), keepdim=True) < .5).float()
     return torch.lerp(scene, target.expand_as(scene), strength * digit)
 
-
 LOOKS_UNSEEN = {"difference": look_difference, "paint": look_paint, "chalk": look_chalk}
 LOOKS_DEV = {"stripes": look_stripes, "glass": look_glass}
 LOOKS = {"source": look_source, **LOOKS_UNSEEN, **LOOKS_DEV}
-
 
 def apply_look(name, digit, seed):
     """The digits in the named look, as uint8 (B,3,S,S)."""
     gen = torch.Generator(digit.device).manual_seed(seed * len(LOOKS) + list(LOOKS).index(name))
     return torch.cat([to_uint8(LOOKS[name](part, gen)) for part in digit.split(500)])
 
+# ---------------------------------------------------------------- image files
+
+def open_image(path):
+    """The file as an upright RGB picture; ValueError names a file that cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UNREADABLE as error:
+        raise ValueError(f"{path}: not a readable image ({error}); replace it") from None
+
+def as_tensor(image, size):
+    """A picture as (3,size,size) uint8."""
+    image = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+def cached_images(files, size, cache):
+    """The files as a memory map (N,3,size,size) uint8, decoded once, in parallel, into `cache`.
+
+    Its name is a hash of every path, length and time of change. A decoding that fails leaves nothing behind.
+    """
+    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    key = hashlib.sha256(repr((size, stats)).encode()).hexdigest()[:16]
+    target, is_new = Path(cache) / f"{key}.npy", not Path(cache).exists()
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}.part")
+        try:
+            store = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 3, size, size))
+
+            def decode(i):
+                store[i] = as_tensor(open_image(files[i]), size)
+
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(decode, range(len(files))))
+            store.flush()
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            if is_new:
+                target.parent.rmdir()
+            raise
+    return torch.from_numpy(np.load(target, mmap_mode="c"))
 
 # ---------------------------------------------------------------- real digits
 
@@ -224,33 +251,28 @@ def to_uint8(images):
     """Images in [0,1] rounded to their 256 levels."""
     return (images * 255).round().to(torch.uint8)
 
-
 def resize(images, size):
     """Images (B,C,H,W) in [0,1] at size x size, as Pillow does: antialiased bilinear, half-pixel centres."""
     if images.shape[-2:] == (size, size):
         return images
     return nnf.interpolate(images, size=(size, size), mode="bilinear", antialias=True).clamp(0, 1)
 
-
 def download_mnist(folder):
     """Fetch the files of MNIST that the folder lacks, checked by MD5; ValueError if it cannot."""
+    folder = Path(folder)
     for name, md5 in MNIST_MD5.items():
-        target = Path(folder) / name
-        if target.exists() or target.with_suffix("").exists():
+        if (folder / name).exists() or (folder / name).with_suffix("").exists():
             continue
         try:
             with urllib.request.urlopen(MNIST_URL + name, timeout=60) as reply:
                 content = reply.read()
         except OSError as error:
-            raise ValueError(f"{MNIST_URL}{name}: cannot be fetched ({error}); "
-                             f"put the four MNIST files into {folder} and leave out --download") from None
+            raise ValueError(f"{MNIST_URL}{name}: not to be had ({error}); put it into {folder}") from None
         if hashlib.md5(content).hexdigest() != md5:
             raise ValueError(f"{MNIST_URL}{name}: not the published file (MD5); fetch it elsewhere")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.part")
-        partial.write_bytes(content)
-        partial.replace(target)
-
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.part").write_bytes(content)
+        (folder / f"{name}.part").replace(folder / name)
 
 def read_idx(folder, name, dims):
     """The array of `dims` dimensions in folder/name or folder/name.gz. Raises ValueError if it is damaged."""
@@ -259,7 +281,7 @@ def read_idx(folder, name, dims):
         raise ValueError(f"{folder}: no {name}[.gz]; name a folder with the four MNIST files, or --download")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from None
     start = 4 + 4 * dims
     if len(content) < start or content[:4] != bytes([0, 0, 8, dims]):
@@ -270,12 +292,8 @@ def read_idx(folder, name, dims):
                          f"{math.prod(shape)}; fetch it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
-
 def load_mnist(folder, split, size):
-    """Images (N,1,size,size) in [0,1] and labels (N,) int64 of a split of MNIST, "train" or "t10k".
-
-    Raises ValueError if images and labels do not go together.
-    """
+    """Images (N,1,size,size) in [0,1], labels (N,) of MNIST's "train" or "t10k"; ValueError if damaged."""
     images = read_idx(folder, f"{split}-images-idx3-ubyte", 3)
     labels = read_idx(folder, f"{split}-labels-idx1-ubyte", 1)
     if len(images) != len(labels) or not len(images):
@@ -287,93 +305,47 @@ def load_mnist(folder, split, size):
     images = torch.cat([resize(part.float() / 255, size) for part in parts])
     return images, torch.from_numpy(labels.astype(np.int64))
 
-
-def open_rgb(path):
-    """The image file as an upright RGB picture; ValueError names the file if it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable image ({error}); remove or replace it") from None
-
-
-def cached_images(files, size, cache):
-    """The files as a read-only memory map (N,size,size,3) uint8, decoded once, in parallel, into `cache`.
-
-    Its name is a hash of every path, length and time of change. A decoding that fails leaves nothing behind.
-    """
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    target = Path(cache) / f"{hashlib.sha256(repr((size, stats)).encode()).hexdigest()[:16]}.npy"
-    if not target.exists():
-        is_new = not target.parent.exists()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(f".{os.getpid()}.part")
-        try:
-            store = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), size, size, 3))
-
-            def decode(i):
-                store[i] = open_rgb(files[i]).resize((size, size), Image.Resampling.BILINEAR)
-
-            with ThreadPoolExecutor() as pool:
-                list(pool.map(decode, range(len(files))))
-            store.flush()
-            partial.replace(target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            if is_new:
-                target.parent.rmdir()
-            raise
-    return np.load(target, mmap_mode="r")
-
-
 def load_mnist_m(folder, size, cache):
     """Images (N,3,size,size) uint8 and labels of MNIST-M as released: its test split, else its train split.
 
     Raises ValueError: no list of labels, a line that is not `name digit`, an image missing or unreadable.
     """
-    split = next(s for s in ("test", "train") if (Path(folder) / f"mnist_m_{s}").is_dir())
-    table = Path(folder) / f"mnist_m_{split}_labels.txt"
+    split = next(s for s in ("test", "train") if (folder / f"mnist_m_{s}").is_dir())
+    table, files, labels = folder / f"mnist_m_{split}_labels.txt", [], []
     if not table.exists():
         raise ValueError(f"{table}: missing; MNIST-M has this list beside the folder mnist_m_{split}")
-    files, labels = [], []
     for number, line in enumerate(table.read_text().splitlines(), 1):
         name, _, label = line.strip().rpartition(" ")
         if not name or label not in list("0123456789"):
             raise ValueError(f"{table}, line {number}: {line[:60]!r} is not `name digit`, 0-9; correct it")
-        files.append(Path(folder) / f"mnist_m_{split}" / name.strip())
+        files.append(folder / f"mnist_m_{split}" / name.strip())
         labels.append(int(label))
         if not files[-1].is_file():
             raise ValueError(f"{files[-1]}: missing; add it, or remove line {number} of {table}")
     if not files:
         raise ValueError(f"{table}: empty; it needs a line `name digit` for each image")
-    images = np.array(cached_images(files, size, cache))
-    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.tensor(labels)
-
+    return cached_images(files, size, cache), torch.tensor(labels)
 
 def make_mnist_m(digit, photos, seed):
     """|photograph - digit| of grey digits (B,1,S,S) over random crops of photographs: (B,3,S,S)."""
-    rng, size = np.random.default_rng(seed), digit.shape[-1]
+    rng, size, crops = np.random.default_rng(seed), digit.shape[-1], []
     files = sorted(p for p in Path(photos).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    scenes = [np.asarray(open_rgb(f)) for f in files]
     if not files:
         raise ValueError(f"{photos}: neither MNIST-M nor photographs ({', '.join(sorted(IMAGE_SUFFIXES))})")
-    for file, scene in zip(files, scenes):
+    scenes = {file: np.asarray(open_image(file)) for file in files}
+    for file, scene in scenes.items():
         if min(scene.shape[:2]) < size:
             raise ValueError(f"{file}: {scene.shape[1]}x{scene.shape[0]} is under {size}x{size}; remove it")
-    crops = []
+    scenes = list(scenes.values())
     for scene in rng.integers(len(scenes), size=len(digit)):
         top, left = (rng.integers(side - size + 1) for side in scenes[scene].shape[:2])
         crops.append(scenes[scene][top:top + size, left:left + size])
     return (torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255 - digit).abs()
 
-
 def load_digits(o, cache):
-    """The digit task: training images (N,3,S,S) uint8, labels (N,), {domain: (images, labels)} to measure.
+    """Training images (N,3,S,S) uint8, their labels (N,), and {domain: (images, labels)} to measure.
 
-    o.data       "embedded" or a folder with MNIST, o.train of whose training images are used, at side o.size
-    o.look       the look of the training digits
-    o.unseen     folders: MNIST-M in the release's layout, or photographs to make it from MNIST's test set
-    o.validate   measure on held-out training digits and the development looks instead, to choose settings
+    With o.validate these are held-out training digits and the development looks, to choose settings on.
     """
     for folder in [o.data] * (o.data != "embedded") + o.unseen:
         if not Path(folder).is_dir():
@@ -395,10 +367,10 @@ def load_digits(o, cache):
     domains = {"source": (apply_look("source", test, 0), test_label)}
     for name in LOOKS_DEV if o.validate else LOOKS_UNSEEN if o.data == "embedded" and not o.unseen else ():
         domains[name] = (apply_look(name, test, 7), test_label)
-    for folder in map(Path, () if o.validate else o.unseen):
-        if folder.resolve().name in domains:
+    for folder in (Path(folder).resolve() for folder in o.unseen):
+        if folder.name in domains:
             raise ValueError(f"{folder}: a second domain of that name; rename the folder")
         real = any((folder / f"mnist_m_{split}").is_dir() for split in ("train", "test"))
-        domains[folder.resolve().name] = load_mnist_m(folder, o.size, cache) if real else \
-            (to_uint8(make_mnist_m(test, folder, 0)), test_label)
+        made = None if real else (to_uint8(make_mnist_m(test, folder, 0)), test_label)
+        domains[folder.name] = made or load_mnist_m(folder, o.size, cache)
     return apply_look(o.look, digit, 0), label, domains

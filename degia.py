@@ -16,7 +16,6 @@ import torch.nn.functional as nnf
 
 from flows import Flow, gaussian_w2
 
-
 class LeNet(nn.Module):
     """Two 5x5 convolutions (64, 128) and two layers of 1024: the digit network of ADA, M-ADA and RandConv."""
 
@@ -34,7 +33,6 @@ class LeNet(nn.Module):
         feature = self.features(x)
         return self.head(feature), feature
 
-
 def flow_view(x, shape):
     """What F sees of x: averaged down to F's size; the channels as they are, or their mean if F has one."""
     channels, size, _ = shape
@@ -42,11 +40,9 @@ def flow_view(x, shape):
         x = x.mean(1, keepdim=True)
     return nnf.adaptive_avg_pool2d(x.float(), size)
 
-
 def task_loss(output, y):
     """l_task per image (B,): cross-entropy, the digit form of eq. (1)."""
     return nnf.cross_entropy(output.float(), y, reduction="none")
-
 
 def ascend(x_src, objective, K, eta, blur):
     """K steps x <- clamp(x + eta g / rms(g)) from x_src, g = d objective / dx smoothed by a blur x blur mean.
@@ -61,7 +57,6 @@ def ascend(x_src, objective, K, eta, blur):
         g = nnf.avg_pool2d(g, blur, 1, blur // 2, count_include_pad=False)
         x = (x + eta * g / g.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-20)).clamp(0, 1)
     return x.detach()
-
 
 def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
     """Eq. (7) summed over images: l(x, y, c) - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ].
@@ -79,7 +74,6 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
         std = z.var(0, correction=0).add(1e-8).sqrt()  # differentiable also where a class has one image
         distance = distance + gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))
     return (loss - alpha * distance).sum()
-
 
 def build(o):
     """M and F of the options o, untrained. Raises ValueError if F's size does not fit."""

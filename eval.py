@@ -23,59 +23,51 @@ import data
 import degia
 from flows import bits_per_dim
 
-FORMAT = "degia and geomreg, 1"
+FORMAT = "degia and geomreg, 2"
 COLOURS = [(31, 119, 180), (214, 39, 40), (44, 160, 44), (148, 103, 189), (255, 127, 14), (23, 190, 207)]
-
 
 # ---------------------------------------------------------------- pictures
 
 def text_at(draw, xy, text, size=14, fill=(0, 0, 0)):
     draw.text(xy, text, fill=fill, font=ImageFont.load_default(size))
 
-
 def grid(rows, labels, path, scale=2, captions=None):
     """Write rows of images (C,H,W) in [0,1], a label before each row, captions (text, right) under images."""
-    height, width = rows[0][0].shape[-2] * scale, rows[0][0].shape[-1] * scale
-    margin, foot = 10 + 8 * max(map(len, labels)), 18 if captions else 0
-    size = (margin + max(map(len, rows)) * (width + 4), len(rows) * (height + foot + 4))
-    sheet = Image.new("RGB", size, "white")
+    height, width = (side * scale for side in rows[0][0].shape[-2:])
+    margin, step = 10 + 8 * max(map(len, labels)), height + (22 if captions else 4)
+    sheet = Image.new("RGB", (margin + max(map(len, rows)) * (width + 4), len(rows) * step), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (row, label) in enumerate(zip(rows, labels)):
-        top = i * (height + foot + 4)
-        text_at(draw, (4, top + height // 2 - 8), label)
+        text_at(draw, (4, i * step + height // 2 - 8), label)
         for j, image in enumerate(row):
             pixels = data.to_uint8(image.expand(3, -1, -1).cpu()).permute(1, 2, 0).numpy()
             picture = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
-            left = margin + j * (width + 4)
-            sheet.paste(picture, (left, top))
+            place = (margin + j * (width + 4), i * step)
+            sheet.paste(picture, place)
             if captions:
                 word, right = captions[i][j]
-                text_at(draw, (left + 2, top + height), word, 14, (0, 110, 0) if right else (200, 0, 0))
+                ink = (0, 110, 0) if right else (200, 0, 0)
+                text_at(draw, (place[0] + 2, place[1] + height), word, 14, ink)
     sheet.save(path)
 
-
-def plot(table, columns, path, size=(460, 260)):
-    """Write one panel per column of a table {name: [numbers]} over its `step`, with range and last value."""
-    width, height = size
+def plot(rows, path, width=460, height=260):
+    """Write a panel per column of a log, rows {name: number}, over its `step`, with range and last value."""
+    columns = [name for name in rows[0] if name not in ("step", "seconds")]
     sheet = Image.new("RGB", (width * len(columns), height), "white")
-    draw = ImageDraw.Draw(sheet)
-    steps = table["step"]
+    draw, last = ImageDraw.Draw(sheet), rows[-1]["step"]
     for i, name in enumerate(columns):
-        values = table[name]
+        values = [row[name] for row in rows]
         low, high = min(values), float(np.quantile(values, .97))  # a jump may leave the panel
         left, right, top, bottom = i * width + 62, (i + 1) * width - 16, 34, height - 34
-        span = max(high - low, 1e-9)
         draw.rectangle((left, top, right, bottom), outline=(170, 170, 170))
-        points = [(left + (right - left) * s / steps[-1], bottom - (bottom - top) * min(1, (v - low) / span))
-                  for s, v in zip(steps, values)]
+        scale_x, scale_y = (right - left) / last, (bottom - top) / max(high - low, 1e-9)
+        points = [(left + scale_x * row["step"], max(top, bottom - scale_y * (row[name] - low)))
+                  for row in rows]
         draw.line(points, fill=COLOURS[i % len(COLOURS)], width=2, joint="curve")
-        text_at(draw, (left, 10), f"{name}   last {values[-1]:.4g}")
-        text_at(draw, (i * width + 6, top - 6), f"{high:.4g}", 12)
-        text_at(draw, (i * width + 6, bottom - 10), f"{low:.4g}", 12)
-        text_at(draw, (left, bottom + 6), "step 0", 12)
-        text_at(draw, (right - 40, bottom + 6), str(int(steps[-1])), 12)
+        for x, y, text in ((left, 10, f"{name}   last {values[-1]:.4g}"), (left - 56, top - 6, f"{high:.4g}"),
+                           (left - 56, bottom - 10, f"{low:.4g}"), (right - 70, bottom + 6, f"step {last}")):
+            text_at(draw, (x, y), text, 13)
     sheet.save(path)
-
 
 # ---------------------------------------------------------------- measures
 
@@ -99,7 +91,6 @@ class Compute:
         """uint8 images as float in [0,1] on the device, channels last."""
         return (x.to(self.device).float() / 255).contiguous(memory_format=torch.channels_last)
 
-
 @torch.no_grad()
 def predict(M, images, compute):
     """Digits (N,) that M sees in uint8 images (N,3,S,S)."""
@@ -110,7 +101,6 @@ def predict(M, images, compute):
             out.append(M(compute.images(part))[0].argmax(1).cpu())
     return torch.cat(out)
 
-
 @torch.no_grad()
 def flow_bits(F, images, labels, compute):
     """Mean bits per dimension of what F sees of uint8 images, its prior without the noise shift; float32."""
@@ -120,7 +110,6 @@ def flow_bits(F, images, labels, compute):
         log_p = F.log_prob(degia.flow_view(compute.images(x), F.shape), c.to(compute.device), u)
         total += bits_per_dim(log_p, F.dim).sum().item()
     return total / len(images)
-
 
 def evaluate_degia(o, compute, M, F, domains, folder):
     """Accuracy of M in percent per domain, bits per dimension of F on the source; pictures into folder."""
@@ -142,7 +131,6 @@ def evaluate_degia(o, compute, M, F, domains, folder):
              scale=max(2, 56 // F.shape[1]))
     return results
 
-
 def picture_new_samples(x_src, pool, per_round, path, columns=12):
     """Write source images (upper row) above the new samples that each max round made of them (lower row)."""
     rows, labels = [], []
@@ -152,15 +140,6 @@ def picture_new_samples(x_src, pool, per_round, path, columns=12):
         labels += ["source", f"round {number}"]
     grid(rows, labels, path)
 
-
-def picture_curves(folder):
-    """Write the curves of log.csv."""
-    with open(folder / "log.csv") as file:
-        rows = list(csv.DictReader(file))
-    table = {name: [float(row[name]) for row in rows] for name in rows[0]}
-    plot(table, [name for name in table if name not in ("step", "seconds")], folder / "curves.png")
-
-
 def print_table(results):
     """The numbers of results.json, a line per domain."""
     print("\n" + ", ".join(f"{key} {results[key]}" for key in ("task", "method", "seed", "steps")))
@@ -168,7 +147,6 @@ def print_table(results):
         print(f"  {name:16s}" + "".join(f"  {measure} {value:8.3f}" for measure, value in numbers.items()))
     if "bits_per_dim" in results:
         print(f"  {'flow F, source':16s}  bits per dimension {results['bits_per_dim']:.3f}")
-
 
 # ---------------------------------------------------------------- a run folder
 
@@ -187,9 +165,8 @@ def load_checkpoint(folder, task=None):
         raise ValueError(f"{path}: a checkpoint of `{content['task']}`, not of `{task}`; name another --out")
     return content
 
-
-def load_networks(folder):
-    """Options, device, M and F of a trained run, rebuilt from what its checkpoint carries."""
+def load_run(folder):
+    """Options, device, M, F and steps of a trained run, rebuilt from what its checkpoint carries."""
     checkpoint = load_checkpoint(folder, "degia")
     o = SimpleNamespace(**checkpoint["config"])
     compute = Compute(o.dtype)
@@ -198,30 +175,25 @@ def load_networks(folder):
     F.load_state_dict(checkpoint["state"]["F"])
     return o, compute, M, F, checkpoint["step"]
 
-
 def judge_samples(F, judge, temperature, per_class=100):
     """Print how many samples of F of class c the digit network of another run takes for c."""
-    o, compute, M, _, _ = load_networks(judge)
+    o, compute, M, _, _ = load_run(judge)
     if o.method == "flow":
         raise ValueError(f"{judge}: was trained with --method flow and reads no digits; name another run")
     c = torch.arange(10, device=compute.device).repeat_interleave(per_class)
-    samples = F.sample(c, torch.Generator(compute.device).manual_seed(0), temperature)
-    said = predict(M, data.to_uint8(data.resize(samples.expand(-1, 3, -1, -1), o.size)), compute)
-    right = (said == c.cpu()).float().view(10, per_class).mean(1) * 100
-    print(f"samples of F read as their class: {right.mean():.1f} %; by class {right.round().int().tolist()}")
+    samples = F.sample(c, torch.Generator(compute.device).manual_seed(0), temperature).expand(-1, 3, -1, -1)
+    said = predict(M, data.to_uint8(data.resize(samples, o.size)), compute)
+    print(f"samples of F read as their class: {100 * (said == c.cpu()).float().mean():.1f} %")
 
-
-def predict_files(o, compute, M, files, folder):
+def read_digits(o, compute, M, files, folder):
     """Print the digit that M sees in each file, and draw it on each image."""
-    images = torch.stack([torch.from_numpy(np.array(data.open_rgb(f).resize(
-        (o.size, o.size), Image.Resampling.BILINEAR))).permute(2, 0, 1) for f in files])
+    images = torch.stack([data.as_tensor(data.open_image(f), o.size) for f in files])
     said = predict(M, images, compute).tolist()
     for file, digit in zip(files, said):
         print(f"{file}: {digit}")
     grid([[image / 255] for image in images], [Path(f).name for f in files], folder / "images.png", 4,
          [[(str(digit), True)] for digit in said])
     print(f"written: {folder / 'images.png'}")
-
 
 def exit_on_bad_input(main):
     """Run main(argv); a ValueError or OSError becomes one line and exit code 2, Ctrl-C one line and 130."""
@@ -235,7 +207,6 @@ def exit_on_bad_input(main):
         print("interrupted; train.py goes on from the last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
 
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="folder of a trained run")
@@ -246,23 +217,20 @@ def parse(argv):
     parser.add_argument("--images", nargs="+", help="apply the run to these image files")
     return parser.parse_args(argv)
 
-
 def main(argv):
     args = parse(argv)
-    o, compute, M, F, step = load_networks(args.run)
+    o, compute, M, F, step = load_run(args.run)
     o.data, o.unseen, folder = args.data or o.data, args.unseen or o.unseen, Path(args.run)
     if args.images and o.method == "flow" or args.judge and o.method not in ("degia", "flow"):
-        raise ValueError(f"{folder}: was trained with --method {o.method}, which has no network for that; "
-                         f"name another run")
+        raise ValueError(f"{folder}: --method {o.method} trained no network for that; name another run")
     if args.images:
-        return predict_files(o, compute, M, args.images, folder)
+        return read_digits(o, compute, M, args.images, folder)
     if args.judge:
         return judge_samples(F, args.judge, args.temperature)
     o.validate, o.train = o.validate and not args.unseen, 10  # the training images are not needed
     _, _, domains = data.load_digits(o, folder)
     results = {"task": "degia", "method": o.method, "seed": o.seed, "steps": step}
     print_table({**results, **evaluate_degia(o, compute, M, F, domains, folder)})
-
 
 if __name__ == "__main__":
     exit_on_bad_input(main)

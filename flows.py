@@ -24,25 +24,21 @@ SCALE_BOUND = 2.      # bound of a coupling's log-scale
 SEEN_BOUND = 5.       # bound of what a coupling's network sees
 NOISE_DIM = 16        # dimension of n in H_m(n)
 
-
 def in_float32(function):
     """Decorator: run without autocast, which would round the code z itself to bfloat16."""
     return torch.autocast("cuda", enabled=False)(torch.autocast("cpu", enabled=False)(function))
-
 
 class ActNorm(nn.Module):
     """y = exp(log_scale) (x - shift) per channel, set by `Flow.initialise` to mean 0 and deviation 1.
 
     That it has been set is a buffer: it must survive a checkpoint, or a reloaded flow would set itself anew.
     """
-
     def __init__(self, channels):
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.register_buffer("is_set", torch.tensor(False))
 
-    @torch.no_grad()
     def initialise(self, x):
         self.shift.copy_(x.mean((0, 2, 3), keepdim=True))
         self.log_scale.copy_(-torch.log(x.std((0, 2, 3), keepdim=True) + 1e-3))
@@ -54,10 +50,8 @@ class ActNorm(nn.Module):
     def inverse(self, y):
         return y * (-self.log_scale).exp() + self.shift
 
-
 class Invertible1x1(nn.Module):
     """y = W x at every pixel; log |det| = H W log |det W|. W starts as a random rotation."""
-
     def __init__(self, channels):
         super().__init__()
         self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0].contiguous())
@@ -70,20 +64,17 @@ class Invertible1x1(nn.Module):
     def inverse(self, y):
         return torch.einsum("ij,bjhw->bihw", torch.linalg.inv(self.weight), y)
 
-
 class AffineCoupling(nn.Module):
     """y_a = x_a;  y_b = exp(s(x_a)) x_b + t(x_a), |s| < SCALE_BOUND;  log |det| = sum s.
 
     The last layer starts at zero, so that the coupling starts as the identity.
     """
-
     def __init__(self, channels, hidden):
         super().__init__()
         self.kept = channels // 2
-        changed = channels - self.kept
         self.net = nn.Sequential(nn.Conv2d(self.kept, hidden, 3, padding=1), nn.ReLU(),
                                  nn.Conv2d(hidden, hidden, 1), nn.ReLU(),
-                                 nn.Conv2d(hidden, 2 * changed, 3, padding=1))
+                                 nn.Conv2d(hidden, 2 * (channels - self.kept), 3, padding=1))
         nn.init.zeros_(self.net[-1].weight)
         nn.init.zeros_(self.net[-1].bias)
 
@@ -102,15 +93,12 @@ class AffineCoupling(nn.Module):
         s, t = self.scale_and_shift(y_a)
         return torch.cat([y_a, (y_b - t) * (-s).exp()], 1)
 
-
 class Prior(nn.Module):
     """p_Z(z, c) = N(mu_c, Sigma_c) with the learned means and deviations of eq. (8)."""
-
     def __init__(self, dim, classes, gamma=1., lam=.1):
         super().__init__()
         self.gamma, self.lam = gamma, lam
-        self.G_m = nn.Embedding(classes, dim)
-        self.log_G_std = nn.Embedding(classes, dim)
+        self.G_m, self.log_G_std = nn.Embedding(classes, dim), nn.Embedding(classes, dim)
         self.H_m = nn.Sequential(nn.Linear(NOISE_DIM, 64), nn.Tanh(), nn.Linear(64, dim, bias=False))
         nn.init.normal_(self.G_m.weight, std=.1)
         nn.init.zeros_(self.log_G_std.weight)
@@ -138,10 +126,8 @@ class Prior(nn.Module):
         error = (z - self.mean(c) - shift) / std
         return (-.5 * error.square() - std.log() - .5 * math.log(2 * math.pi)).sum(1)
 
-
 class Flow(nn.Module):
     """F: a squeezed logit, then levels of squeeze, `steps` x (ActNorm, 1x1, coupling), half factored out."""
-
     def __init__(self, channels, size, classes, levels=2, steps=4, hidden=64, gamma=1., lam=.1):
         super().__init__()
         if size % 2 ** levels:
@@ -156,21 +142,14 @@ class Flow(nn.Module):
             self.part_shapes.append((channels, size, size))
         self.prior = Prior(self.dim, classes, gamma, lam)
 
-    def forward(self, x, u, before=None):
-        """z = F(x) (B,D) and log |det dz/dy| (B,) of images x (B,C,S,S) in [0,1] dequantised by u in [0,1).
-
-        `before(layer, h)` is called before each layer, with its input.
-        """
-        y = (255 * x + u) / 256
-        y = SQUEEZED_LOGIT + (1 - 2 * SQUEEZED_LOGIT) * y
-        h = torch.logit(y)
+    def forward(self, x, u):
+        """z = F(x) (B,D), log |det dz/dy| (B,) of images x (B,C,S,S) in [0,1] dequantised by u in [0,1)."""
+        y = SQUEEZED_LOGIT + (1 - 2 * SQUEEZED_LOGIT) * ((255 * x + u) / 256)
+        h, z = torch.logit(y), []
         log_det = (math.log(1 - 2 * SQUEEZED_LOGIT) - torch.log(y) - torch.log1p(-y)).sum((1, 2, 3))
-        z = []
         for i, level in enumerate(self.levels):
             h = nnf.pixel_unshuffle(h, 2)  # squeeze: (B,C,H,W) -> (B,4C,H/2,W/2)
             for layer in level:
-                if before is not None:
-                    before(layer, h)
                 h, change = layer(h)
                 log_det = log_det + change
             if i < len(self.levels) - 1:
@@ -180,19 +159,18 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x, u):
-        """Let every ActNorm that has not been set yet set itself from the batch x."""
-        def before(layer, h):
-            if isinstance(layer, ActNorm) and not layer.is_set:
-                layer.initialise(h)
-
-        self(x, u, before)
+        """Let every ActNorm that has not been set yet set itself from what the batch x gives it to see."""
+        hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.initialise(*inputs))
+                 for layer in self.modules() if isinstance(layer, ActNorm) and not layer.is_set]
+        self(x, u)
+        for hook in hooks:
+            hook.remove()
 
     @in_float32
     def inverse(self, z):
         """y = (255 x + u)/256 (B,C,S,S) for the x, u with F(x, u) = z, in float32."""
         parts = z.split([math.prod(shape) for shape in self.part_shapes], 1)
-        parts = [part.view(-1, *shape) for part, shape in zip(parts, self.part_shapes)]
-        h = parts.pop()
+        *parts, h = [part.view(-1, *shape) for part, shape in zip(parts, self.part_shapes)]
         for i, level in reversed(list(enumerate(self.levels))):
             if i < len(self.levels) - 1:
                 h = torch.cat([h, parts.pop()], 1)
@@ -214,11 +192,9 @@ class Flow(nn.Module):
         z = self.prior.mean(c) + self.prior.shift(n) + temperature * self.prior.std(c) * eps
         return (self.inverse(z) * 256).floor().clamp(0, 255) / 255
 
-
 def bits_per_dim(log_prob, dim):
     """Bits per dimension of the 8-bit image from nats of the dequantised one: the 256 levels counted once."""
     return 8 - log_prob / (dim * math.log(2))
-
 
 def gaussian_w2(mean_1, std_1, mean_2, std_2):
     """Squared 2-Wasserstein distance of diagonal Gaussians per dimension: mean (m1 - m2)^2 + (s1 - s2)^2."""

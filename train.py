@@ -29,29 +29,25 @@ from flows import NOISE_DIM, bits_per_dim
 LOOKS = tuple(data.LOOKS)
 ASCENT_BATCH = 256  # at most so many images of a class ascend together; P_x of eq. (7) is theirs
 
-
 # ---------------------------------------------------------------- DeGIA: the min/max loop
 
 def train_degia(o, run):
     """Minimize (5) over M and F on a growing training set; maximize (7) over images, which grows it."""
     x_src, y_src, domains = data.load_digits(o, run.folder)
     x_src, y_src = x_src.to(run.device), y_src.to(run.device)
-    torch.manual_seed(o.seed)
-    M, F = (net.to(run.device, memory_format=torch.channels_last) for net in degia.build(o))
-    opt_M = torch.optim.Adam(M.parameters(), o.lr, fused=True)
-    opt_F = torch.optim.Adam(F.parameters(), o.flow_lr, fused=True)
+    M, F = run.networks(degia.build, o)
+    opt_M, opt_F = (torch.optim.Adam(net.parameters(), fused=True) for net in (M, F))
     pool = {"x": x_src[:0], "source": y_src[:0]}  # new samples, and which image each one started from
     run.start({"M": M, "F": F, "opt_M": opt_M, "opt_F": opt_F}, pool)
 
     train_M, train_F = o.method != "flow", o.method in ("degia", "flow")
-    rounds = [round(o.steps * (i + 1) / (o.rounds + 2)) for i in range(o.rounds)]
-    rounds = set(rounds) if o.method in ("degia", "ada") else set()
+    ascends = o.method in ("degia", "ada")
+    rounds = {round(o.steps * (i + 1) / (o.rounds + 2)) for i in range(o.rounds) if ascends}
     first = degia.flow_view(run.compute.images(x_src[:512]), F.shape)
     F.initialise(first, torch.rand(first.shape, generator=run.generator(0, 2), device=run.device))
 
     for step in range(run.step, o.steps):
-        for optimizer, rate in ((opt_M, o.lr), (opt_F, o.flow_lr)):
-            optimizer.param_groups[0]["lr"] = rate * min(1., 2 - 2 * step / o.steps)  # to 0 from half way
+        run.set_rates(step, {opt_M: o.lr, opt_F: o.flow_lr})
 
         # ---- maximization, eq. (7): ORIGINAL images climb to new samples of plausible new domains
         if step in rounds:
@@ -59,9 +55,11 @@ def train_degia(o, run):
             picked = picked[:round(o.beta * len(x_src)) or 1]
             new = new_samples(o, run, step, M, F if train_F else None, x_src[picked], y_src[picked])
             pool["x"], pool["source"] = torch.cat([pool["x"], new]), torch.cat([pool["source"], picked])
+            if run.rank == 0:
+                evaluation.picture_new_samples(x_src, pool, len(picked), run.folder / "new_samples.png")
 
         # ---- minimization, eq. (5), on a batch of originals and, once there are any, as many new samples
-        g = run.generator(step)
+        g, losses = run.generator(step), {}
         half = o.batch // 2 if len(pool["x"]) else 0
         originals = torch.randint(len(x_src), (o.batch - half,), generator=g, device=run.device)
         samples = torch.randint(max(1, len(pool["x"])), (half,), generator=g, device=run.device)
@@ -69,7 +67,6 @@ def train_degia(o, run):
         n = torch.randn(o.batch, NOISE_DIM, generator=g, device=run.device)
         x = run.compute.images(torch.cat([x_src[originals], pool["x"][samples]])[run.mine])
         y = y_src[torch.cat([originals, pool["source"][samples]])][run.mine]
-        losses = {}
 
         if train_M:
             with run.compute.autocast():
@@ -91,14 +88,10 @@ def train_degia(o, run):
             torch.nn.utils.clip_grad_norm_(F.parameters(), 10.)
             opt_F.step()
 
-        if step in rounds and run.rank == 0:
-            evaluation.picture_new_samples(x_src, pool, len(picked), run.folder / "new_samples.png")
-        if not run.end_step(step, losses, step in rounds):
+        if not run.end_step(step, losses, save=step in rounds):
             return
     if run.rank == 0:
-        run.finish({"method": o.method, "seed": o.seed, "steps": run.step},
-                   evaluation.evaluate_degia(o, run.compute, M, F, domains, run.folder))
-
+        run.finish({"method": o.method}, evaluation.evaluate_degia(o, run.compute, M, F, domains, run.folder))
 
 def new_samples(o, run, step, M, F, x_src, y_src):
     """The max phase: K steps of ascent on (7) from each image, class by class, as d compares single classes.
@@ -129,7 +122,6 @@ def new_samples(o, run, step, M, F, x_src, y_src):
         dist.all_reduce(new)
     return new
 
-
 # ---------------------------------------------------------------- options
 
 def option(default, text, low=None, high=float("inf"), choices=None, paper=None):
@@ -137,20 +129,15 @@ def option(default, text, low=None, high=float("inf"), choices=None, paper=None)
     about = {"help": text, "low": low, "high": high, "choices": choices, "paper": paper}
     return field(default_factory=lambda: default, metadata=about)
 
-
 @dataclass
 class Common:
-    """Options of every task."""
     out: str = option("", "run folder; if not given, runs/ and the task")
     seed: int = option(0, "seed of the data, the networks and every step", 0, 400_000)
-    dtype: str = option("auto", "auto: bf16 on CUDA and on CPUs that multiply it",
-                       choices=("auto", "bf16", "f32"))
+    dtype: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "bf16", "f32"))
     stop_after: int = option(0, "stop early on purpose after this many steps; 0: do not", 0)
-
 
 @dataclass
 class Degia(Common):
-    """Options of `train.py degia`."""
     method: str = option("degia", "the paper's; the stand-alone CNN; the ascent without F; F alone",
                          choices=("degia", "pure", "ada", "flow"))
     data: str = option("embedded", "'embedded' or a folder with MNIST")
@@ -178,6 +165,8 @@ class Degia(Common):
     flow_steps: int = option(4, "couplings per scale of F", 1)
     flow_hidden: int = option(64, "channels inside a coupling", 1)
 
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 def parse(argv):
     """The options, whether to resume, the options given explicitly. ValueError for one out of range."""
@@ -188,26 +177,21 @@ def parse(argv):
         sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
         sub.add_argument("--paper", action="store_true", help="the paper's values, where it states them")
         for f in dataclasses.fields(kind):
-            paper = "" if f.metadata["paper"] is None else f"; paper {f.metadata['paper']}"
-            how = {bool: {"action": "store_true"}, list: {"nargs": "+"}}.get(
-                f.type, {"type": f.type, "choices": f.metadata["choices"]})
+            about = f.metadata
+            how = {bool: {"action": "store_true"}, list: {"nargs": "+"}}
+            how = how.get(f.type, {"type": f.type, "choices": about["choices"]})
+            paper = "" if about["paper"] is None else f"; paper {about['paper']}"
             sub.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, **how,
-                             help=f"{f.metadata['help']} (default {f.default_factory()}{paper})")
+                             help=f"{about['help']} (default {f.default_factory()}{paper})")
     given = vars(parser.parse_args(argv))
-    kind, resume, paper = TASKS[given.pop("task")][0], given.pop("resume"), given.pop("paper")
-    fields = {f.name: f.metadata for f in dataclasses.fields(kind)}
+    task, resume, paper = (given.pop(name) for name in ("task", "resume", "paper"))
+    fields = {f.name: f.metadata for f in dataclasses.fields(TASKS[task][0])}
     stated = {name: m["paper"] for name, m in fields.items() if paper and m["paper"] is not None}
-    o = kind(**{**stated, **given})
-    o.out = o.out or f"runs/{kind.__name__.lower()}"
+    o = TASKS[task][0](**{"out": f"runs/{task}", **stated, **given})
     for name, m in fields.items():
         if m["low"] is not None and not m["low"] <= getattr(o, name) <= m["high"]:
             raise ValueError(f"{flag(name)} {getattr(o, name)}: must be from {m['low']} to {m['high']}")
     return o, resume, given
-
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
 
 # ---------------------------------------------------------------- one run: processes, log, checkpoint
 
@@ -224,56 +208,56 @@ class Run:
         self.device = self.compute.device
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.step = self.first_step = checkpoint["step"] if checkpoint else 0
-        self.began = time.time() - (checkpoint["seconds"] if checkpoint else 0)
+        begun = checkpoint or {"step": 0, "seconds": 0., "log": []}
+        self.step = self.first_step = begun["step"]
+        self.rows, self.history = begun["log"], []  # lines of log.csv; losses since the last of them
         self.resumed = self.saved = time.time()
-        self.log_every, self.history = max(1, min(50, o.steps // 100)), []
+        self.began = self.resumed - begun["seconds"]
 
     def generator(self, step, stream=0):
         """The source of all that is random in a step; streams: 0 its batch, 1 its max phase, 2 the start."""
         return torch.Generator(self.device).manual_seed((self.o.seed * 10 ** 8 + step) * 4 + stream)
 
-    def average_gradients(self, net):
-        """Replace each gradient by its mean over the processes, in one message."""
-        if self.world == 1:
-            return
-        gradients = [p.grad for p in net.parameters()]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for g, mean in zip(gradients, (flat / self.world).split([g.numel() for g in gradients])):
-            g.copy_(mean.view_as(g))
+    def networks(self, build, *arguments):
+        """build(*arguments) from the run's seed, on its device."""
+        torch.manual_seed(self.o.seed)
+        return [net.to(self.device, memory_format=torch.channels_last) for net in build(*arguments)]
 
-    def start(self, parts, pool):
-        """Make the run folder; load the checkpoint, if any, into parts and pool; broadcast the networks."""
-        self.parts, self.pool = parts, pool
+    def set_rates(self, step, rates):
+        """Learning rates {optimizer: rate}: constant, then linear to 0 over the second half."""
+        for optimizer, rate in rates.items():
+            optimizer.param_groups[0]["lr"] = rate * min(1., 2 - 2 * step / self.o.steps)
+
+    def average_gradients(self, *nets):
+        """Replace each gradient by its mean over the processes."""
+        for p in (p for net in nets for p in net.parameters()) if self.world > 1 else ():
+            dist.all_reduce(p.grad)
+            p.grad /= self.world
+
+    def start(self, parts, extra):
+        """Load the checkpoint, if any, into networks, optimizers and `extra` tensors; make the run folder."""
+        self.parts, self.extra = parts, extra
         if self.checkpoint:
             for name, part in parts.items():
                 part.load_state_dict(self.checkpoint["state"][name])
-            pool.update({name: t.to(self.device) for name, t in self.checkpoint["pool"].items()})
-        if self.world > 1:
-            for net in (part for part in parts.values() if isinstance(part, torch.nn.Module)):
-                for t in net.state_dict().values():
-                    dist.broadcast(t, 0)
+            extra.update({name: t.to(self.device) for name, t in self.checkpoint["extra"].items()})
+        for part in parts.values() if self.world > 1 else ():
+            for t in part.state_dict().values() if isinstance(part, torch.nn.Module) else ():
+                dist.broadcast(t, 0)
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.o), indent=1) + "\n")
-            log = self.folder / "log.csv"  # what was logged after the checkpoint will be logged again
-            lines = log.read_text().splitlines() if self.checkpoint and log.exists() else []
-            steps = [line.split(",")[0] for line in lines]
-            log.write_text("".join(f"{line}\n" for line, step in zip(lines, steps)
-                                   if not step.isdigit() or int(step) <= self.step))
-            if not self.checkpoint:
-                self.save()
+            self.save()
 
-    def end_step(self, step, losses, round_ended):
+    def end_step(self, step, losses, save=False):
         """Log, check and save when it is time; False if the run is to stop before its end."""
         self.step = step + 1
         self.history.append(torch.stack([value.detach() for value in losses.values()]))
         stop = self.step == self.o.stop_after
-        ends = stop or round_ended or self.step == self.o.steps
-        if ends or self.step % self.log_every == 0:
+        save = save or stop or self.step == self.o.steps
+        if save or self.step % max(1, min(50, self.o.steps // 100)) == 0:
             self.log(list(losses))
-            if self.rank == 0 and (ends or time.time() - self.saved > 60):
+            if self.rank == 0 and (save or time.time() - self.saved > 60):
                 self.save()
         if stop and self.rank == 0:
             print(f"stopped after step {self.step} as --stop-after asks; go on with --resume")
@@ -285,46 +269,40 @@ class Run:
         if self.world > 1:
             dist.all_reduce(values)
         values = values.cpu() / self.world
-        bad = torch.nonzero(~values.isfinite()).tolist()
-        if bad:
-            row, column = bad[0]
+        for row, column in torch.nonzero(~values.isfinite()).tolist():
             raise ValueError(f"step {self.step - len(values) + row + 1}: loss {names[column]} is "
                              f"{values[row, column]}; lower its learning rate and start again")
         self.history, now = [], time.time()
         if self.rank:
             return
-        row = {"step": self.step, **dict(zip(names, values.mean(0).tolist())), "pool": len(self.pool["x"]),
-               "seconds": now - self.began}
+        row = {"step": self.step, **dict(zip(names, values.mean(0).tolist())), "seconds": now - self.began}
+        self.rows.append(row)
+        lines = [",".join(row), *(",".join(f"{value:.6g}" for value in row.values()) for row in self.rows)]
+        (self.folder / "log.csv").write_text("\n".join(lines) + "\n")
         left = (now - self.resumed) / (self.step - self.first_step) * (self.o.steps - self.step)
-        with open(self.folder / "log.csv", "a") as file:
-            if file.tell() == 0:
-                file.write(",".join(row) + "\n")
-            file.write(",".join(f"{value:.6g}" for value in row.values()) + "\n")
         print(f"step {self.step:6d}/{self.o.steps}  " + "  ".join(f"{n} {row[n]:8.4f}" for n in names)
-              + f"  pool {row['pool']:6d} images  {row['seconds']:6.0f} s  {left:6.0f} s left", flush=True)
+              + f"  {row['seconds']:6.0f} s  {left:6.0f} s left", flush=True)
 
     def save(self):
         """Write the checkpoint under a temporary name, then move it: at any moment there is a whole one."""
         self.saved = time.time()
-        for name, net in self.parts.items():
-            if isinstance(net, torch.nn.Module) and not all(p.isfinite().all() for p in net.parameters()):
-                raise ValueError(f"step {self.step}: weights of {name} are not finite; lower its rate "
-                                 f"and start again")
-        content = {"format": evaluation.FORMAT, "task": self.task, "step": self.step,
-                   "seconds": self.saved - self.began, "config": dataclasses.asdict(self.o),
-                   "pool": self.pool,
-                   "state": {name: part.state_dict() for name, part in self.parts.items()}}
-        torch.save(content, self.folder / "checkpoint.part")
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, part in state.items():
+            if not all(t.isfinite().all() for t in part.values() if torch.is_tensor(t)):
+                raise ValueError(f"step {self.step}: {name} is not finite; lower its rate and start again")
+        torch.save({"format": evaluation.FORMAT, "task": self.task, "step": self.step, "log": self.rows,
+                    "seconds": self.saved - self.began, "config": dataclasses.asdict(self.o),
+                    "extra": self.extra, "state": state}, self.folder / "checkpoint.part")
         os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
 
     def finish(self, about, measured):
         """Write results.json and the curves, print the table."""
-        results = {"task": self.task, **about, "seconds": round(time.time() - self.began, 1), **measured}
+        results = {"task": self.task, **about, "seed": self.o.seed, "steps": self.step,
+                   "seconds": round(time.time() - self.began, 1), **measured}
         (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        evaluation.picture_curves(self.folder)
+        evaluation.plot(self.rows, self.folder / "curves.png")
         evaluation.print_table(results)
         print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and pictures")
-
 
 def main(argv):
     o, resume, given = parse(argv)
@@ -334,19 +312,15 @@ def main(argv):
         other = [flag(name) for name, value in given.items()
                  if name not in ("out", "stop_after") and checkpoint["config"][name] != value]
         if other:
-            raise ValueError(f"{folder}: was started with another {', '.join(other)}; leave that out, or "
-                             f"start a new run with another --out")
+            raise ValueError(f"{folder}: was started with another {', '.join(other)}; leave it out")
         o = type(o)(**{**checkpoint["config"], "out": o.out, "stop_after": o.stop_after})
     elif (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
     if getattr(o, "download", False):
-        if o.data == "embedded":
-            raise ValueError("--download: into which folder? name it with --data")
         data.download_mnist(o.data)
     TASKS[task][1](o, Run(o, checkpoint))
     if dist.is_initialized():
         dist.destroy_process_group()
-
 
 TASKS = {"degia": (Degia, train_degia)}
 
