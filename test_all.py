@@ -302,6 +302,7 @@ BAD = {  # arguments, made in an empty folder t; the message
     "bad label": (lambda t: f"degia --data {write_mnist(t / 'm')} --train 20 --unseen "
                             f"{write_mnist_m(t / 'u', '3 x')}", "labels.txt, line 2"),
     "beta": (lambda t: "degia --beta 2", "--beta 2.0: must be from 0.0001 to 1"),
+    "download": (lambda t: "degia --download", "--download: into which folder"),
     "flow size": (lambda t: "degia --train 60 --flow-size 6", "--flow-size 6: not a multiple of 4"),
     "nothing to resume": (lambda t: "degia --resume", "checkpoint.pt: no such checkpoint"),
 }

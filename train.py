@@ -317,6 +317,8 @@ def main(argv):
     elif (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
     if getattr(o, "download", False):
+        if o.data == "embedded":
+            raise ValueError("--download: into which folder? name it with --data")
         data.download_mnist(o.data)
     TASKS[task][1](o, Run(o, checkpoint))
     if dist.is_initialized():
