@@ -19,28 +19,21 @@ import torch
 import torch.nn.functional as nnf
 from PIL import Image, ImageOps
 
-# (digit, strokes): control points of smooth curves in a unit box; a digit may be written in two ways.
+# Control points x,y of the smooth strokes of a digit, in a box of side 100; some are written in two ways.
 DIGITS = [
-    (0, [[(.5, .08), (.2, .22), (.16, .55), (.3, .88), (.62, .92), (.82, .6), (.78, .25), (.5, .08)]]),
-    (1, [[(.5, .08), (.5, .35), (.5, .65), (.5, .92)]]),
-    (1, [[(.34, .26), (.44, .18), (.53, .08)], [(.53, .08), (.53, .5), (.53, .92)]]),
-    (2, [[(.2, .28), (.34, .1), (.62, .08), (.78, .28), (.62, .52), (.38, .72), (.2, .9)],
-         [(.2, .9), (.5, .9), (.82, .88)]]),
-    (3, [[(.22, .16), (.5, .07), (.74, .2), (.66, .42), (.44, .48)],
-         [(.44, .48), (.72, .54), (.8, .74), (.6, .92), (.22, .86)]]),
-    (4, [[(.36, .1), (.3, .3), (.22, .52), (.5, .56), (.8, .54)], [(.68, .12), (.66, .5), (.62, .94)]]),
-    (4, [[(.62, .08), (.4, .34), (.18, .62), (.5, .64), (.84, .62)], [(.62, .08), (.62, .5), (.62, .94)]]),
-    (5, [[(.76, .1), (.5, .1), (.3, .12)],
-         [(.3, .12), (.27, .45), (.5, .42), (.76, .55), (.74, .8), (.5, .93), (.2, .86)]]),
-    (6, [[(.66, .08), (.38, .26), (.22, .58), (.28, .86), (.54, .93), (.76, .76), (.64, .55), (.4, .56),
-          (.25, .72)]]),
-    (7, [[(.2, .12), (.5, .12), (.8, .1)], [(.8, .1), (.62, .4), (.5, .66), (.42, .94)]]),
-    (7, [[(.2, .12), (.5, .12), (.8, .1), (.62, .4), (.5, .66), (.42, .94)],
-         [(.36, .52), (.55, .5), (.74, .5)]]),
-    (8, [[(.5, .5), (.26, .36), (.3, .14), (.52, .07), (.72, .18), (.68, .38), (.5, .5)],
-         [(.5, .5), (.24, .64), (.28, .88), (.52, .93), (.76, .84), (.74, .64), (.5, .5)]]),
-    (9, [[(.74, .28), (.6, .09), (.34, .12), (.24, .34), (.42, .5), (.66, .44), (.74, .28)],
-         [(.74, .28), (.72, .6), (.64, .94)]]),
+    (0, "50,08 20,22 16,55 30,88 62,92 82,60 78,25 50,08"),
+    (1, "50,08 50,35 50,65 50,92"),
+    (1, "34,26 44,18 53,08 / 53,08 53,50 53,92"),
+    (2, "20,28 34,10 62,08 78,28 62,52 38,72 20,90 / 20,90 50,90 82,88"),
+    (3, "22,16 50,07 74,20 66,42 44,48 / 44,48 72,54 80,74 60,92 22,86"),
+    (4, "36,10 30,30 22,52 50,56 80,54 / 68,12 66,50 62,94"),
+    (4, "62,08 40,34 18,62 50,64 84,62 / 62,08 62,50 62,94"),
+    (5, "76,10 50,10 30,12 / 30,12 27,45 50,42 76,55 74,80 50,93 20,86"),
+    (6, "66,08 38,26 22,58 28,86 54,93 76,76 64,55 40,56 25,72"),
+    (7, "20,12 50,12 80,10 / 80,10 62,40 50,66 42,94"),
+    (7, "20,12 50,12 80,10 62,40 50,66 42,94 / 36,52 55,50 74,50"),
+    (8, "50,50 26,36 30,14 52,07 72,18 68,38 50,50 / 50,50 24,64 28,88 52,93 76,84 74,64 50,50"),
+    (9, "74,28 60,09 34,12 24,34 42,50 66,44 74,28 / 74,28 72,60 64,94"),
 ]
 CURVE_POINTS = 13  # points along a stroke: 12 straight segments look smooth at 32 pixels
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
@@ -53,9 +46,10 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 # ---------------------------------------------------------------- embedded digits
 
-def _curve(points):
+def _curve(text):
     """CURVE_POINTS points evenly spaced along the Catmull-Rom curve through the control points."""
-    p, t = np.array([points[0], *points, points[-1]]), np.linspace(0, 1, 12, endpoint=False)[:, None]
+    p = np.array([point.split(",") for point in text.split()], float) / 100
+    p, t = np.concatenate([p[:1], p, p[-1:]]), np.linspace(0, 1, 12, endpoint=False)[:, None]
     dense = np.concatenate([b + t * (c - a) / 2 + t ** 2 * (a - 2.5 * b + 2 * c - d / 2)
                             + t ** 3 * (3 * b - a - 3 * c + d) / 2
                             for a, b, c, d in zip(p, p[1:], p[2:], p[3:])] + [p[-1:]])
@@ -86,8 +80,8 @@ def make_digits(n, size, seed, device="cpu"):
     """
     gen = torch.Generator(device).manual_seed(seed)
     # A digit of one stroke draws it twice, a digit written in one way has it twice: nothing changes.
-    strokes = torch.tensor(np.array([[_curve(curves[0]), _curve(curves[-1])] for _, curves in DIGITS]),
-                           dtype=torch.float32, device=device)
+    curves = [[_curve(strokes) for strokes in text.split("/")] for _, text in DIGITS]
+    strokes = torch.tensor(np.array([[c[0], c[-1]] for c in curves]), dtype=torch.float32, device=device)
     ways = [[row for row, (digit, _) in enumerate(DIGITS) if digit == c] for c in range(10)]
     ways = torch.tensor([[rows[0], rows[-1]] for rows in ways], device=device)
     images, labels = [], []
