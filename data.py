@@ -13,11 +13,14 @@ import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as nnf
 from PIL import Image, ImageOps
+
+import warp
 
 # Control points x,y of the smooth strokes of a digit, in a box of side 100; some are written in two ways.
 DIGITS = [
@@ -59,9 +62,7 @@ def _curve(text):
 
 def draw_strokes(start, end, radius, size, softness=.7):
     """Coverage (B,1,H,W) of thick segments: max over them of (radius - distance)/softness + 1/2, in [0,1].
-
-    start, end (B,S,2) pixels; radius (B,S) pixels; size (H,W).
-    """
+    start, end (B,S,2) and radius (B,S) in pixels; size (H,W)."""
     ys, xs = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
     pixels = torch.stack([xs, ys], -1).to(start)[None]  # (1,H,W,2)
     cover = start.new_zeros(len(start), *size)
@@ -74,10 +75,8 @@ def draw_strokes(start, end, radius, size, softness=.7):
     return cover[:, None]
 
 def make_digits(n, size, seed, device="cpu"):
-    """n grey digits (n,1,size,size) in [0,1], white on black, and labels (n,).
-
-    Random: way of writing, control points, elastic waves, rotation, shear, scale, place, width of the stroke.
-    """
+    """n grey digits (n,1,size,size) in [0,1], white on black, and labels (n,). Random: way of writing,
+    control points, elastic waves, rotation, shear, scale, place, width of the stroke."""
     gen = torch.Generator(device).manual_seed(seed)
     # A digit of one stroke draws it twice, a digit written in one way has it twice: nothing changes.
     curves = [[_curve(strokes) for strokes in text.split("/")] for _, text in DIGITS]
@@ -88,7 +87,6 @@ def make_digits(n, size, seed, device="cpu"):
     for count in [min(500, n - i) for i in range(0, n, 500)]:
         def uniform(low, high, *shape):
             return low + (high - low) * torch.rand(count, *shape, generator=gen, device=device)
-
         label = torch.randint(10, (count,), generator=gen, device=device)
         way = ways[label, torch.randint(2, (count,), generator=gen, device=device)]
         p = strokes[way] - .5  # (n,2,P,2), centred
@@ -144,10 +142,6 @@ def two_colours(n, gen):
 
 # A look maps grey digits (B,1,S,S) to colour images (B,3,S,S); all in [0,1], random by the generator.
 
-def look_source(digit, gen):
-    """White on black, as written."""
-    return digit.expand(-1, 3, -1, -1)
-
 def look_difference(digit, gen):
     """|background - digit| over coloured textures: the recipe of MNIST-M."""
     return (textures(len(digit), digit.shape[-1], gen) - digit).abs()
@@ -155,8 +149,8 @@ def look_difference(digit, gen):
 def look_paint(digit, gen):
     """A digit of one colour on a shaded ground of another; the ink is the brighter one in six of seven."""
     ink, paper = two_colours(len(digit), gen)
-    swap = ink.mean(1, keepdim=True) < paper.mean(1, keepdim=True)
-    swap = swap ^ (uniform_noise(len(digit), gen)(1, 1, 1) < .15)
+    swap = uniform_noise(len(digit), gen)(1, 1, 1) < .15
+    swap = swap ^ (ink.mean(1, keepdim=True) < paper.mean(1, keepdim=True))
     ink, paper = torch.where(swap, paper, ink), torch.where(swap, ink, paper)
     shade = textures(len(digit), digit.shape[-1], gen, (.2, .4)) - .5
     return (digit * ink + (1 - digit) * (.6 * paper + .3 * shade)).clamp(0, 1)
@@ -189,12 +183,108 @@ def look_glass(digit, gen):
 
 LOOKS_UNSEEN = {"difference": look_difference, "paint": look_paint, "chalk": look_chalk}
 LOOKS_DEV = {"stripes": look_stripes, "glass": look_glass}
-LOOKS = {"source": look_source, **LOOKS_UNSEEN, **LOOKS_DEV}
+LOOKS = {"source": lambda digit, gen: digit.expand(-1, 3, -1, -1), **LOOKS_UNSEEN, **LOOKS_DEV}
 
 def apply_look(name, digit, seed):
     """The digits in the named look, as uint8 (B,3,S,S)."""
     gen = torch.Generator(digit.device).manual_seed(seed * len(LOOKS) + list(LOOKS).index(name))
     return torch.cat([to_uint8(LOOKS[name](part, gen)) for part in digit.split(500)])
+
+# ---------------------------------------------------------------- embedded plants
+
+def plant_scene(n, gen):
+    """The objects of n random scenes, far to near, each a chain of thick segments, in a box of side 1: points
+    (n,K,2), radius (n,K-1), depth (n,1,1), colour (n,3,1,1), heat (n,1,1,1), how many of its first points are
+    landmarks (none: a mark on the object before it), whether it is on the plant."""
+    rand = uniform_noise(n, gen)
+    def between(low, high, *shape):
+        return low + (high - low) * rand(*shape)
+    def colour(*rgb):
+        base = torch.tensor(rgb, device=gen.device).view(3, 1, 1)
+        return (base * between(.6, 1.2, 1, 1, 1) + between(-.1, .1, 3, 1, 1)).clamp(0, 1)
+    def chain(*points):
+        return torch.stack([torch.stack(p, -1) for p in points], 1)
+    for _ in range(5):  # stones on the ground
+        x, y, depth = between(.05, .95), between(.68, .95), between(.1, .5, 1, 1)
+        stone = chain((x, y), (x + between(-.03, .03), y + .01))
+        yield stone, between(.03, .06, 1), depth, colour(.6, .55, .5), between(.45, .9, 1, 1, 1), 1, False
+    for _ in range(4):  # labels with a line of writing
+        x, y, wide, depth = between(.06, .94), between(.12, .75), between(.04, .06), between(0, .5, 1, 1)
+        card, line = chain((x, y), (x + wide, y), (x - wide, y)), chain((x - wide / 2, y), (x + wide / 2, y))
+        yield card, between(.03, .05, 2), depth, colour(.9, .9, .8), between(.6, 1, 1, 1, 1), 1, False
+        yield line, between(.01, .014, 1), depth, colour(.1, .1, .2), between(0, .3, 1, 1, 1), 0, False
+    x, y, wide, depth = between(.35, .65), between(.8, .9), between(.08, .14), between(.4, .6, 1, 1)
+    clay, warm = colour(.7, .35, .2), between(.6, 1, 1, 1, 1)
+    rim, body = chain((x - wide, y - .1), (x + wide, y - .1)), chain((x - .5 * wide, y), (x + .5 * wide, y))
+    yield rim, between(.025, .04, 1), depth, clay, warm, 2, False
+    yield body, between(.06, .07, 1), depth, .85 * clay, .9 * warm, 0, False
+    top_x, top_y = x + between(-.12, .12), between(.3, .42)
+    mid_x, mid_y = (x + top_x) / 2 + between(-.04, .04), (y + top_y) / 2
+    stem = chain((top_x, top_y), (mid_x, mid_y), (x, y - .08))
+    yield stem, between(.014, .024, 2), depth, colour(.4, .5, .2), between(.3, .5, 1, 1, 1), 2, True
+    for i in range(8):  # leaves from tip to root, with a vein
+        along, angle, length = rand(), between(-.4, math.pi + .4), between(.24, .45)
+        root = torch.stack([torch.lerp(mid_x, top_x, along), torch.lerp(mid_y, top_y, along)], -1)[:, None]
+        ahead = torch.stack([torch.cos(angle), -torch.sin(angle)], -1)[:, None] * length[:, None, None]
+        sag = torch.tensor([0., 1.], device=gen.device) * (length * between(0, .5))[:, None, None]
+        t = torch.tensor([1, .75, .5, .25, 0], device=gen.device)[:, None]
+        leaf, wide = root + t * ahead + t ** 2 * sag, torch.tensor([.5, .95, 1, .6], device=gen.device)
+        depth, green = .4 + .6 * (i + rand(1, 1)) / 8, colour(.25, .6, .2)
+        yield leaf, between(.045, .08, 1) * wide, depth, green, between(.05, .3, 1, 1, 1), 4, True
+        vein = between(.008, .012, 2)
+        yield leaf[:, ::2], vein, depth, (green + .3).clamp(0, 1), between(.35, .6, 1, 1, 1), 0, True
+
+def make_plants(n, size, seed, modality="ir", device="cpu"):
+    """n random pairs: A (n,3,S,S) and B (n,1,S,S) uint8; landmarks (n,P,4), pixels x, y in A and in B, NaN if
+    hidden; salient (P,): on the plant. B is seen through a smooth field and a parallax by depth."""
+    gen = torch.Generator(device).manual_seed(seed)
+    parts = []
+    for count in [min(50, n - i) for i in range(0, n, 50)]:
+        rand = uniform_noise(count, gen)
+        bend = warp.random_field(count, (size, size), .06 * size, .05 * size, gen)
+        parallax = torch.randn(count, 1, 2, generator=gen, device=device) * .05 * size
+        ys = (torch.arange(size, device=device) + .5).view(-1, 1) / size
+        floor = ((ys - .55 - .2 * rand(1, 1, 1)) * size).clamp(0, 1).expand(count, 1, size, size)
+        field = bend + (parallax * -.5).transpose(1, 2)[..., None]
+        views = []
+        floor_b = warp.resample(floor, warp.invert(field), "border")
+        for low, high, seen, channels in ((.2, .7, floor, 3), (.3, .6, floor_b, 1)):
+            wall, ground = (low + (high - low) * rand(1, 1, 1) + .15 * (rand(channels, 1, 1) - .5)
+                            for _ in range(2))
+            stain = nnf.interpolate(rand(channels, 6, 6) - .5, size=(size, size), mode="bicubic")
+            views.append(torch.lerp(wall, ground, seen) + .2 * stain)
+        if modality == "depth":
+            views[1] = .05 + .25 * ys + .05 * rand(1, 1, 1).expand(count, 1, size, size)
+        owner, places, owners, salient = [torch.full((count, size, size), -1, device=device)] * 2, [], [], []
+        for points, radius, depth, colour, heat, landmarks, on_plant in plant_scene(count, gen):
+            a = points * size - .5
+            seen = (a, a + warp.look_up(bend, a.transpose(1, 2)[..., None], "border")[..., 0].transpose(1, 2)
+                    + parallax * (depth - .5))
+            paint = (colour, heat if modality == "ir" else .2 + .75 * depth[..., None])
+            number = owners[-1] + (landmarks > 0) if owners else 0
+            for i, p in enumerate(seen):
+                cover = draw_strokes(p[:, :-1], p[:, 1:], radius * size, (size, size))
+                views[i] = torch.lerp(views[i], paint[i], cover)
+                owner[i] = torch.where(cover[:, 0] > .5, number, owner[i])
+            places.append(torch.stack(seen, 1)[:, :, :landmarks])  # (count,2,landmarks,2)
+            owners += [number] * landmarks
+            salient += [on_plant] * landmarks
+        places = torch.cat(places, 2)
+        pixel, index = places.round().long(), torch.arange(count, device=device)[:, None]
+        visible, (x, y) = ((pixel >= 0) & (pixel < size)).all(-1).all(1), pixel.clamp(0, size - 1).unbind(-1)
+        for i in (0, 1):
+            visible &= owner[i][index, y[:, i], x[:, i]] == torch.tensor(owners, device=device)
+        points = torch.where(visible[..., None], places.transpose(1, 2).flatten(2), torch.nan)
+        grain = torch.randn(count, 4, size, size, generator=gen, device=device) * .02
+        A, B = views[0] * (.8 + .4 * rand(1, 1, 1)) + grain[:, :3], views[1] + grain[:, 3:]
+        parts.append((to_uint8(A.clamp(0, 1)), to_uint8(B.clamp(0, 1)), points))
+    return *(torch.cat(part) for part in zip(*parts)), torch.tensor(salient)
+
+def load_pairs(o):
+    """What `make_plants` returns, {"train", "test"}; the test scenes are the same for all seeds."""
+    counts = {"train": (o.train, 2 * o.seed), "test": (100, 999_001)}
+    made = {split: make_plants(n, o.size, seed, o.modality) for split, (n, seed) in counts.items()}
+    return {s: SimpleNamespace(A=A, B=B, points=points, salient=q) for s, (A, B, points, q) in made.items()}
 
 # ---------------------------------------------------------------- image files
 
@@ -212,10 +302,8 @@ def as_tensor(image, size):
     return torch.from_numpy(image).permute(2, 0, 1)
 
 def cached_images(files, size, cache):
-    """The files as a memory map (N,3,size,size) uint8, decoded once, in parallel, into `cache`.
-
-    Its name is a hash of every path, length and time of change. A decoding that fails leaves nothing behind.
-    """
+    """The files as a memory map (N,3,size,size) uint8, decoded once, in parallel, into `cache`. Its name is a
+    hash of every path, length and time of change. A decoding that fails leaves nothing behind."""
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((size, stats)).encode()).hexdigest()[:16]
     target, is_new = Path(cache) / f"{key}.npy", not Path(cache).exists()
@@ -224,10 +312,8 @@ def cached_images(files, size, cache):
         partial = target.with_suffix(f".{os.getpid()}.part")
         try:
             store = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 3, size, size))
-
             def decode(i):
                 store[i] = as_tensor(open_image(files[i]), size)
-
             with ThreadPoolExecutor() as pool:
                 list(pool.map(decode, range(len(files))))
             store.flush()
@@ -301,9 +387,7 @@ def load_mnist(folder, split, size):
 
 def load_mnist_m(folder, size, cache):
     """Images (N,3,size,size) uint8 and labels of MNIST-M as released: its test split, else its train split.
-
-    Raises ValueError: no list of labels, a line that is not `name digit`, an image missing or unreadable.
-    """
+    ValueError: no list of labels, a line that is not `name digit`, an image missing or unreadable."""
     split = next(s for s in ("test", "train") if (folder / f"mnist_m_{s}").is_dir())
     table, files, labels = folder / f"mnist_m_{split}_labels.txt", [], []
     if not table.exists():
@@ -337,10 +421,8 @@ def make_mnist_m(digit, photos, seed):
     return (torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255 - digit).abs()
 
 def load_digits(o, cache):
-    """Training images (N,3,S,S) uint8, their labels (N,), and {domain: (images, labels)} to measure.
-
-    With o.validate these are held-out training digits and the development looks, to choose settings on.
-    """
+    """Training images (N,3,S,S) uint8, their labels (N,), and {domain: (images, labels)} to measure. With
+    o.validate these are held-out training digits and the development looks, to choose settings on."""
     for folder in [o.data] * (o.data != "embedded") + o.unseen:
         if not Path(folder).is_dir():
             raise ValueError(f"{folder}: no such folder; --data takes one with MNIST (or add --download), "

@@ -1,10 +1,8 @@
 """DeGIA: the task network M, and the objectives of its two phases.
 
-    x, y, c   image (B,3,H,W) in [0,1], its target, its class (digits: c = y)
-    x_src     the original training image that x started from
+    x, y, c   image (B,3,H,W) in [0,1], its target, its class (digits: c = y); it started from x_src
     M         task network; its *template feature* is the input of its last layer
-    F         class-conditional flow of the training set, new samples included; it sees x averaged down to
-              D numbers
+    F         class-conditional flow of the training set, new samples included; sees x averaged to D numbers
     alpha     weight of the constraint of eq. (6)
 
 min phase, eq. (5):  l = l_task(M(x), y) - log p_X(x, c) / D; M and F share no parameter: each steps alone
@@ -18,7 +16,6 @@ from flows import Flow, gaussian_w2
 
 class LeNet(nn.Module):
     """Two 5x5 convolutions (64, 128) and two layers of 1024: the digit network of ADA, M-ADA and RandConv."""
-
     def __init__(self, outputs, size=32):
         super().__init__()
         side = ((size - 4) // 2 - 4) // 2
@@ -27,7 +24,6 @@ class LeNet(nn.Module):
             nn.Conv2d(64, 128, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
             nn.Linear(128 * side * side, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU())
         self.head = nn.Linear(1024, outputs)
-
     def forward(self, x):
         """Returns (output, template feature)."""
         feature = self.features(x)
@@ -35,21 +31,16 @@ class LeNet(nn.Module):
 
 def flow_view(x, shape):
     """What F sees of x: averaged down to F's size; the channels as they are, or their mean if F has one."""
-    channels, size, _ = shape
-    if channels == 1:
-        x = x.mean(1, keepdim=True)
-    return nnf.adaptive_avg_pool2d(x.float(), size)
+    x = x.mean(1, keepdim=True) if shape[0] == 1 else x
+    return nnf.adaptive_avg_pool2d(x.float(), shape[1])
 
 def task_loss(output, y):
     """l_task per image (B,): cross-entropy, the digit form of eq. (1)."""
     return nnf.cross_entropy(output.float(), y, reduction="none")
 
 def ascend(x_src, objective, K, eta, blur):
-    """K steps x <- clamp(x + eta g / rms(g)) from x_src, g = d objective / dx smoothed by a blur x blur mean.
-
-    g is normalised per image: eta, a number or (B,1,1,1), is the change of a step in image units. `objective`
-    maps x to a scalar. No parameter receives a gradient.
-    """
+    """K steps x <- clamp(x + eta g / rms(g)) from x_src, g = d objective / dx after a blur x blur mean;
+    rms per image, so that eta, a number or (B,1,1,1), is in image units. No parameter receives a gradient."""
     x = x_src
     for _ in range(K):
         x = x.detach().requires_grad_()
@@ -59,16 +50,11 @@ def ascend(x_src, objective, K, eta, blur):
     return x.detach()
 
 def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
-    """Eq. (7) summed over images: l(x, y, c) - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ].
-
-    x (B,3,H,W) of ONE class c (B,); feature_src (B,T) = M(x_src); u, shift as in `Flow.log_prob`, held during
-    an ascent. The features' distance is a mean over features, d is per dimension. Without F, -log p and d go:
-    what remains is adversarial data augmentation.
-    """
+    """Eq. (7) summed over images x (B,3,H,W) of ONE class c (B,), both distances per dimension; feature_src
+    (B,T) is that of M(x_src); u and shift are those of `Flow.log_prob`, held during an ascent."""
     output, feature = M(x)
-    loss = task_loss(output, y)
-    distance = (feature.float() - feature_src).square().mean(1)
-    if F is not None:
+    loss, distance = task_loss(output, y), (feature.float() - feature_src).square().mean(1)
+    if F is not None:  # without F, -log p and d go: what remains is adversarial data augmentation
         z, log_det = F(flow_view(x, F.shape), u)
         loss = loss - density * (F.prior.log_prob(z, c, shift) + log_det) / F.dim
         std = z.var(0, correction=0).add(1e-8).sqrt()  # differentiable also where a class has one image
@@ -80,6 +66,4 @@ def build(o):
     if o.flow_size > o.size:
         raise ValueError(f"--flow-size {o.flow_size}: larger than the images; choose at most --size {o.size}")
     M = LeNet(10, o.size)
-    F = Flow(o.flow_channels, o.flow_size, 10, steps=o.flow_steps, hidden=o.flow_hidden, gamma=o.gamma,
-             lam=o.lam)
-    return M, F
+    return M, Flow(o.flow_channels, o.flow_size, 10, 2, o.flow_steps, o.flow_hidden, o.gamma, o.lam)

@@ -3,6 +3,7 @@
     python eval.py runs/degia                                  its own data: table and pictures again
     python eval.py runs/degia --data mnist --unseen mnist_m    other data
     python eval.py runs/degia --images a.png b.png             the digit on each of your images
+    python eval.py runs/reg                                    landmark errors and pictures again
 
 The networks are rebuilt from the configuration that the checkpoint carries. Pictures are drawn with Pillow:
 `grid` puts images side by side, `plot` draws the curves of a log.
@@ -21,6 +22,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 import data
 import degia
+import geomreg
+import warp
 from flows import bits_per_dim
 
 FORMAT = "degia and geomreg, 2"
@@ -73,7 +76,6 @@ def plot(rows, path, width=460, height=260):
 
 class Compute:
     """Device and precision of a run; auto: bf16 on CUDA and on CPUs that multiply it (AMX, AVX512-BF16)."""
-
     def __init__(self, dtype):
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
@@ -83,10 +85,8 @@ class Compute:
         able = torch.cpu.get_capabilities()
         fast = self.device.type == "cuda" or able.get("amx_bf16") or able.get("avx512_bf16")
         self.bf16 = dtype == "bf16" or dtype == "auto" and bool(fast)
-
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
     def images(self, x):
         """uint8 images as float in [0,1] on the device, channels last."""
         return (x.to(self.device).float() / 255).contiguous(memory_format=torch.channels_last)
@@ -95,11 +95,8 @@ class Compute:
 def predict(M, images, compute):
     """Digits (N,) that M sees in uint8 images (N,3,S,S)."""
     M.eval()
-    out = []
-    for part in images.split(500):
-        with compute.autocast():
-            out.append(M(compute.images(part))[0].argmax(1).cpu())
-    return torch.cat(out)
+    with compute.autocast():
+        return torch.cat([M(compute.images(part))[0].argmax(1).cpu() for part in images.split(500)])
 
 @torch.no_grad()
 def flow_bits(F, images, labels, compute):
@@ -113,8 +110,7 @@ def flow_bits(F, images, labels, compute):
 
 def evaluate_degia(o, compute, M, F, domains, folder):
     """Accuracy of M in percent per domain, bits per dimension of F on the source; pictures into folder."""
-    results = {"domains": {}}
-    rows, labels, captions = [], [], []
+    results, rows, labels, captions = {"domains": {}}, [], [], []
     if o.method != "flow":
         for name, (images, truth) in domains.items():
             said = predict(M, images, compute)
@@ -140,13 +136,54 @@ def picture_new_samples(x_src, pool, per_round, path, columns=12):
         labels += ["source", f"round {number}"]
     grid(rows, labels, path)
 
+def landmark_errors(R, pairs, compute):
+    """Eq. (7): mean distance of landmarks in pixels before and after, {"salient", "scene"}, mean over pairs;
+    the share of pixels where the field folds; the last field with its images."""
+    distances, folded = ([], []), []
+    for part in torch.arange(len(pairs.A)).split(25):
+        I_a, I_b = (compute.images(I[part]) * 2 - 1 for I in (pairs.A, pairs.B))
+        with compute.autocast(), torch.no_grad():
+            phi = R(I_a, I_b)
+        p_a, p_b = pairs.points[part].to(phi).split(2, -1)
+        for found, p in zip(distances, (p_a, warp.warp_points(p_a, phi))):
+            found.append(torch.linalg.vector_norm(p - p_b, dim=-1).cpu())
+        folded.append((warp.jacobian_determinant(phi) <= 0).float().mean((1, 2)).cpu())
+    before, after = ({kind: torch.cat(found)[:, which].nanmean(1).nanmean().item() for kind, which in
+                      (("salient", pairs.salient), ("scene", slice(None)))} for found in distances)
+    return before, after, torch.cat(folded).mean().item(), (phi, I_a, I_b)
+
+def evaluate_reg(compute, R, pairs, folder):
+    """Landmark errors of test and (the first 100) training pairs, folding; figure 4 in pairs.png."""
+    some = SimpleNamespace(**{**vars(pairs["train"]), "A": pairs["train"].A[:100]})
+    before, after, folding, last = landmark_errors(R, pairs["test"], compute)
+    picture_pairs(*last, folder / "pairs.png")
+    return {"unregistered": before, "registered": after, "folding": folding,
+            "registered_train": landmark_errors(R, some, compute)[1]}
+
+def picture_pairs(phi, I_a, I_b, path):
+    """Write A, B, A registered, the field, and B with the edges of A before and after: a column per pair."""
+    def overlay(image, outline):
+        edge = geomreg.edges(outline)
+        edge = (3 * edge / edge.amax((2, 3), keepdim=True).clamp_min(1e-6) - .7).clamp(0, 1)
+        red = torch.tensor([1., .1, .1]).to(edge).view(1, 3, 1, 1)
+        return torch.lerp(image.mean(1, keepdim=True) / 4 + .5, red, edge)
+
+    moved, longest = warp.resample(I_a, phi), torch.linalg.vector_norm(phi, dim=1).max().item()
+    rows = {"A": I_a / 2 + .5, "B": I_b / 2 + .5, "A registered": moved / 2 + .5,
+            f"field, up to {longest:.0f} px": warp.colour_wheel(phi, longest),
+            "B, edges of A": overlay(I_b, I_a), "after": overlay(I_b, moved)}
+    grid([list(images[:8]) for images in rows.values()], list(rows), path, max(1, 128 // phi.shape[-1]))
+
 def print_table(results):
-    """The numbers of results.json, a line per domain."""
-    print("\n" + ", ".join(f"{key} {results[key]}" for key in ("task", "method", "seed", "steps")))
-    for name, numbers in results["domains"].items():
-        print(f"  {name:16s}" + "".join(f"  {measure} {value:8.3f}" for measure, value in numbers.items()))
-    if "bits_per_dim" in results:
-        print(f"  {'flow F, source':16s}  bits per dimension {results['bits_per_dim']:.3f}")
+    """The numbers of results.json, a line per domain or set of pairs."""
+    about = ("task", "method", "order", "similarity", "seed", "steps")
+    print("\n" + ", ".join(f"{key} {results[key]}" for key in about if key in results))
+    lines = dict(results.get("domains", {}))
+    for name in ("unregistered", "registered", "registered_train", "folding", "bits_per_dim"):
+        if name in results:
+            lines[name] = results[name] if isinstance(results[name], dict) else {"": results[name]}
+    for name, numbers in lines.items():
+        print(f"  {name:17s}" + "".join(f"  {measure} {value:8.3f}" for measure, value in numbers.items()))
 
 # ---------------------------------------------------------------- a run folder
 
@@ -166,23 +203,24 @@ def load_checkpoint(folder, task=None):
     return content
 
 def load_run(folder):
-    """Options, device, M, F and steps of a trained run, rebuilt from what its checkpoint carries."""
-    checkpoint = load_checkpoint(folder, "degia")
+    """Options, device, networks by name, steps of a trained run, rebuilt from what its checkpoint carries."""
+    checkpoint = load_checkpoint(folder)
     o = SimpleNamespace(**checkpoint["config"])
-    compute = Compute(o.dtype)
-    M, F = (net.to(compute.device, memory_format=torch.channels_last) for net in degia.build(o))
-    M.load_state_dict(checkpoint["state"]["M"])
-    F.load_state_dict(checkpoint["state"]["F"])
-    return o, compute, M, F, checkpoint["step"]
+    compute, digits = Compute(o.dtype), checkpoint["task"] == "degia"
+    nets = dict(zip("MF", degia.build(o)) if digits else zip("RTD", geomreg.build(o, (3, 1))))
+    for name, net in nets.items():
+        net.load_state_dict(checkpoint["state"][name])
+        net.to(compute.device, memory_format=torch.channels_last)
+    return o, compute, nets, checkpoint["step"]
 
 def judge_samples(F, judge, temperature, per_class=100):
     """Print how many samples of F of class c the digit network of another run takes for c."""
-    o, compute, M, _, _ = load_run(judge)
-    if o.method == "flow":
-        raise ValueError(f"{judge}: was trained with --method flow and reads no digits; name another run")
+    o, compute, nets, _ = load_run(judge)
+    if "M" not in nets or o.method == "flow":
+        raise ValueError(f"{judge}: has no network that reads digits; name another run")
     c = torch.arange(10, device=compute.device).repeat_interleave(per_class)
     samples = F.sample(c, torch.Generator(compute.device).manual_seed(0), temperature).expand(-1, 3, -1, -1)
-    said = predict(M, data.to_uint8(data.resize(samples, o.size)), compute)
+    said = predict(nets["M"], data.to_uint8(data.resize(samples, o.size)), compute)
     print(f"samples of F read as their class: {100 * (said == c.cpu()).float().mean():.1f} %")
 
 def read_digits(o, compute, M, files, folder):
@@ -200,8 +238,7 @@ def exit_on_bad_input(main):
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        sys.stderr.flush()
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; train.py goes on from the last checkpoint with --resume", file=sys.stderr)
@@ -219,18 +256,23 @@ def parse(argv):
 
 def main(argv):
     args = parse(argv)
-    o, compute, M, F, step = load_run(args.run)
-    o.data, o.unseen, folder = args.data or o.data, args.unseen or o.unseen, Path(args.run)
-    if args.images and o.method == "flow" or args.judge and o.method not in ("degia", "flow"):
-        raise ValueError(f"{folder}: --method {o.method} trained no network for that; name another run")
+    o, compute, nets, step = load_run(args.run)
+    folder, kind = Path(args.run), getattr(o, "method", "registration")
+    if (args.images and kind in ("flow", "registration") or args.judge and kind not in ("degia", "flow")
+            or (args.data or args.unseen) and kind == "registration"):
+        raise ValueError(f"{folder}: a run of `{kind}`, which cannot do that; name another run")
     if args.images:
-        return read_digits(o, compute, M, args.images, folder)
+        return read_digits(o, compute, nets["M"], args.images, folder)
     if args.judge:
-        return judge_samples(F, args.judge, args.temperature)
-    o.validate, o.train = o.validate and not args.unseen, 10  # the training images are not needed
-    _, _, domains = data.load_digits(o, folder)
-    results = {"task": "degia", "method": o.method, "seed": o.seed, "steps": step}
-    print_table({**results, **evaluate_degia(o, compute, M, F, domains, folder)})
+        return judge_samples(nets["F"], args.judge, args.temperature)
+    if kind == "registration":
+        task, measured = "reg", evaluate_reg(compute, nets["R"], data.load_pairs(o), folder)
+    else:
+        o.data, o.unseen = args.data or o.data, args.unseen or o.unseen
+        o.validate, o.train = o.validate and not args.unseen, 10  # the training images are not needed
+        _, _, domains = data.load_digits(o, folder)
+        task, measured = "degia", evaluate_degia(o, compute, *nets.values(), domains, folder)
+    print_table({"task": task, **vars(o), "steps": step, **measured})
 
 if __name__ == "__main__":
     exit_on_bad_input(main)

@@ -2,16 +2,13 @@
 
 A flow model is a (prior, invertible map) pair: `Flow` maps x to z = F(x), `Prior` knows log p_Z(z, c).
 
-    x            image (B,C,S,S) in [0,1]; S a multiple of 4, averaged down to S by the caller
-    y            (255 x + u)/256, u ~ U[0,1): dequantised image, also in [0,1]
+    x, y         image (B,C,S,S) in [0,1], S a multiple of 4; dequantised: y = (255 x + u)/256, u ~ U[0,1)
     z            latent code (B,D), D = C S^2, the factored-out parts of all scales side by side
-    c            class (B,) int64
+    c            class (B,) int64: mu_c = gamma G_m(c) + lambda H_m(n),  Sigma_c = G_std(c)             (8)
     G_m, G_std   learned mean and standard deviation of each class;  H_m  noise shift, an MLP of n ~ N(0, I)
-    mu_c = gamma G_m(c) + lambda H_m(n),   Sigma_c = G_std(c)                                     (8)
 
-Each layer returns (output, log |det d output / d input|), the latter (B,) or one number for all; `inverse` is
-the mirror image of `forward`. Log-likelihoods are of y, in nats; `bits_per_dim` adds the 256 levels.
-The networks inside the couplings may run in bfloat16 under autocast; everything else is float32.
+Each layer returns (output, log |det d output / d input|), the latter (B,) or one number. Log-likelihoods are
+of y, in nats. The couplings' networks may run in bfloat16 under autocast; everything else is float32.
 """
 import math
 
@@ -29,24 +26,18 @@ def in_float32(function):
     return torch.autocast("cuda", enabled=False)(torch.autocast("cpu", enabled=False)(function))
 
 class ActNorm(nn.Module):
-    """y = exp(log_scale) (x - shift) per channel, set by `Flow.initialise` to mean 0 and deviation 1.
-
-    That it has been set is a buffer: it must survive a checkpoint, or a reloaded flow would set itself anew.
-    """
+    """y = exp(log_scale) (x - shift) per channel, set by `Flow.initialise` to mean 0 and deviation 1."""
     def __init__(self, channels):
         super().__init__()
-        self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.log_scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.register_buffer("is_set", torch.tensor(False))
-
+        self.shift, self.log_scale = (nn.Parameter(torch.zeros(1, channels, 1, 1)) for _ in range(2))
+        self.register_buffer("is_set", torch.tensor(False))  # in checkpoints, else it would be set anew
+    @torch.no_grad()
     def initialise(self, x):
         self.shift.copy_(x.mean((0, 2, 3), keepdim=True))
         self.log_scale.copy_(-torch.log(x.std((0, 2, 3), keepdim=True) + 1e-3))
         self.is_set.fill_(True)
-
     def forward(self, x):
         return (x - self.shift) * self.log_scale.exp(), self.log_scale.sum() * x[0, 0].numel()
-
     def inverse(self, y):
         return y * (-self.log_scale).exp() + self.shift
 
@@ -55,42 +46,34 @@ class Invertible1x1(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0].contiguous())
-
     @in_float32
     def forward(self, x):
-        y = torch.einsum("ij,bjhw->bihw", self.weight, x)
-        return y, torch.linalg.slogdet(self.weight)[1] * x[0, 0].numel()
-
+        log_det = torch.linalg.slogdet(self.weight)[1] * x[0, 0].numel()
+        return torch.einsum("ij,bjhw->bihw", self.weight, x), log_det
     def inverse(self, y):
         return torch.einsum("ij,bjhw->bihw", torch.linalg.inv(self.weight), y)
 
 class AffineCoupling(nn.Module):
-    """y_a = x_a;  y_b = exp(s(x_a)) x_b + t(x_a), |s| < SCALE_BOUND;  log |det| = sum s.
-
-    The last layer starts at zero, so that the coupling starts as the identity.
-    """
+    """y_a = x_a;  y_b = exp(s(x_a)) x_b + t(x_a), |s| < SCALE_BOUND;  log |det| = sum s."""
     def __init__(self, channels, hidden):
         super().__init__()
         self.kept = channels // 2
-        self.net = nn.Sequential(nn.Conv2d(self.kept, hidden, 3, padding=1), nn.ReLU(),
-                                 nn.Conv2d(hidden, hidden, 1), nn.ReLU(),
-                                 nn.Conv2d(hidden, 2 * (channels - self.kept), 3, padding=1))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
-
-    def scale_and_shift(self, x_a):
+        self.net = nn.Sequential(
+            nn.Conv2d(self.kept, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, hidden, 1), nn.ReLU(),
+            nn.Conv2d(hidden, 2 * (channels - self.kept), 3, padding=1))
+        for p in self.net[-1].parameters():  # so that the coupling starts as the identity
+            nn.init.zeros_(p)
+    def split(self, x):
+        """x_a and x_b, and for x_b the log-scale s and the shift t, which depend on x_a alone."""
+        x_a, x_b = x[:, :self.kept], x[:, self.kept:]
         seen = SEEN_BOUND * torch.tanh(x_a / SEEN_BOUND)  # else one odd value can run away
         s, t = self.net(seen).to(x_a.dtype).chunk(2, 1)
-        return SCALE_BOUND * torch.tanh(s / SCALE_BOUND), t
-
+        return x_a, x_b, SCALE_BOUND * torch.tanh(s / SCALE_BOUND), t
     def forward(self, x):
-        x_a, x_b = x[:, :self.kept], x[:, self.kept:]
-        s, t = self.scale_and_shift(x_a)
+        x_a, x_b, s, t = self.split(x)
         return torch.cat([x_a, x_b * s.exp() + t], 1), s.sum((1, 2, 3))
-
     def inverse(self, y):
-        y_a, y_b = y[:, :self.kept], y[:, self.kept:]
-        s, t = self.scale_and_shift(y_a)
+        y_a, y_b, s, t = self.split(y)
         return torch.cat([y_a, (y_b - t) * (-s).exp()], 1)
 
 class Prior(nn.Module):
@@ -102,29 +85,22 @@ class Prior(nn.Module):
         self.H_m = nn.Sequential(nn.Linear(NOISE_DIM, 64), nn.Tanh(), nn.Linear(64, dim, bias=False))
         nn.init.normal_(self.G_m.weight, std=.1)
         nn.init.zeros_(self.log_G_std.weight)
-
     def mean(self, c):
         """gamma G_m(c), the mean without the noise shift (B,D)."""
         return self.gamma * self.G_m(c)
-
     def std(self, c):
         """G_std(c) (B,D), kept in exp([-2, .5]): F could otherwise scale the noise of eq. (8) away."""
         return self.log_G_std(c).clamp(-2, .5).exp()
-
     def shift(self, n):
         """lambda H_m(n) (B,D) of noise n (B,NOISE_DIM): mean 0, root mean square lambda over the batch.
-
-        Maximum likelihood would otherwise shrink the shift to nothing, or turn it into a constant.
-        """
+        Maximum likelihood would otherwise shrink the shift to nothing, or turn it into a constant."""
         h = self.H_m(n).to(n.dtype)
         h = h - h.mean(0)
         return self.lam * h / h.square().mean().add(1e-8).sqrt()
-
     def log_prob(self, z, c, shift=0.):
         """log N(z; gamma G_m(c) + shift, G_std(c)^2), summed over dimensions: (B,) nats."""
         std = self.std(c)
-        error = (z - self.mean(c) - shift) / std
-        return (-.5 * error.square() - std.log() - .5 * math.log(2 * math.pi)).sum(1)
+        return (-((z - self.mean(c) - shift) / std).square() / 2 - std.log() - .5 * math.log(math.tau)).sum(1)
 
 class Flow(nn.Module):
     """F: a squeezed logit, then levels of squeeze, `steps` x (ActNorm, 1x1, coupling), half factored out."""
@@ -141,54 +117,46 @@ class Flow(nn.Module):
             channels = channels if level == levels - 1 else channels // 2
             self.part_shapes.append((channels, size, size))
         self.prior = Prior(self.dim, classes, gamma, lam)
-
     def forward(self, x, u):
-        """z = F(x) (B,D), log |det dz/dy| (B,) of images x (B,C,S,S) in [0,1] dequantised by u in [0,1)."""
+        """z = F(x) (B,D) and log |det dz/dy| (B,) of images x (B,C,S,S) in [0,1], with u (B,C,S,S)."""
         y = SQUEEZED_LOGIT + (1 - 2 * SQUEEZED_LOGIT) * ((255 * x + u) / 256)
         h, z = torch.logit(y), []
         log_det = (math.log(1 - 2 * SQUEEZED_LOGIT) - torch.log(y) - torch.log1p(-y)).sum((1, 2, 3))
-        for i, level in enumerate(self.levels):
+        for level in self.levels:
             h = nnf.pixel_unshuffle(h, 2)  # squeeze: (B,C,H,W) -> (B,4C,H/2,W/2)
             for layer in level:
                 h, change = layer(h)
                 log_det = log_det + change
-            if i < len(self.levels) - 1:
+            if level is not self.levels[-1]:
                 h, out = h.chunk(2, 1)  # the last coupling normalised `out` given h
                 z.append(out.flatten(1))
         return torch.cat([*z, h.flatten(1)], 1), log_det
-
     @torch.no_grad()
     def initialise(self, x, u):
-        """Let every ActNorm that has not been set yet set itself from what the batch x gives it to see."""
+        """Let every ActNorm that has not been set yet set itself from the batch x."""
         hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.initialise(*inputs))
                  for layer in self.modules() if isinstance(layer, ActNorm) and not layer.is_set]
         self(x, u)
         for hook in hooks:
             hook.remove()
-
     @in_float32
     def inverse(self, z):
         """y = (255 x + u)/256 (B,C,S,S) for the x, u with F(x, u) = z, in float32."""
-        parts = z.split([math.prod(shape) for shape in self.part_shapes], 1)
-        *parts, h = [part.view(-1, *shape) for part, shape in zip(parts, self.part_shapes)]
-        for i, level in reversed(list(enumerate(self.levels))):
-            if i < len(self.levels) - 1:
-                h = torch.cat([h, parts.pop()], 1)
+        h, parts = z.new_empty(0), list(z.split([math.prod(shape) for shape in self.part_shapes], 1))
+        for level, shape in zip(reversed(self.levels), reversed(self.part_shapes)):
+            h = torch.cat([h, parts.pop().view(-1, *shape)], 1)  # cat leaves out the empty h of the start
             for layer in reversed(level):
                 h = layer.inverse(h)
             h = nnf.pixel_shuffle(h, 2)
         return (torch.sigmoid(h) - SQUEEZED_LOGIT) / (1 - 2 * SQUEEZED_LOGIT)
-
     def log_prob(self, x, c, u, shift=0.):
         """log p(y | c) = log p_Z(z, c) + log |det dz/dy|, eq. (2): (B,) nats of the dequantised image y."""
         z, log_det = self(x, u)
         return self.prior.log_prob(z, c, shift) + log_det
-
     @torch.no_grad()
     def sample(self, c, generator, temperature=1.):
         """Images (B,C,S,S) in {0, 1/255, ..., 1}: z ~ N(mu_c, T^2 Sigma_c), x = floor(256 F^-1(z))/255."""
-        n = torch.randn(len(c), NOISE_DIM, generator=generator, device=c.device)
-        eps = torch.randn(len(c), self.dim, generator=generator, device=c.device)
+        n, eps = (torch.randn(len(c), d, generator=generator, device=c.device) for d in (NOISE_DIM, self.dim))
         z = self.prior.mean(c) + self.prior.shift(n) + temperature * self.prior.std(c) * eps
         return (self.inverse(z) * 256).floor().clamp(0, 255) / 255
 

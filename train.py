@@ -1,14 +1,11 @@
-"""Train DeGIA: learn digits in one domain, recognise them in domains never seen.
+"""Train DeGIA or the geometry-preserving registration. The two loops come first: read them beside the papers.
 
     python train.py degia                                            embedded digits, nothing downloaded
-    python train.py degia --method pure --out runs/pure              the stand-alone CNN
     python train.py degia --data mnist --download --unseen photos    MNIST -> MNIST-M made from photographs
-    python train.py degia --resume                                   go on with runs/degia
-    torchrun --nproc_per_node=2 train.py degia                       several GPUs or processes
-
-The loop comes first: read `train_degia` beside section 3.3 of the paper. Options, processes, log and
-checkpoints follow. All that is random in step k is drawn for the whole batch from a generator seeded by
-(seed, k): so a resumed run needs no random state, and N processes equal one.
+    python train.py reg                                              embedded plants, RGB to infrared
+    torchrun --nproc_per_node=2 train.py reg                         several GPUs or processes
+All that is random in step k is drawn for the whole batch from a generator seeded by (seed, k): so a resumed
+run needs no random state, and N processes equal one.
 """
 import argparse
 import dataclasses
@@ -24,6 +21,8 @@ import torch.distributed as dist
 import data
 import degia
 import eval as evaluation
+import geomreg
+import warp
 from flows import NOISE_DIM, bits_per_dim
 
 LOOKS = tuple(data.LOOKS)
@@ -39,7 +38,6 @@ def train_degia(o, run):
     opt_M, opt_F = (torch.optim.Adam(net.parameters(), fused=True) for net in (M, F))
     pool = {"x": x_src[:0], "source": y_src[:0]}  # new samples, and which image each one started from
     run.start({"M": M, "F": F, "opt_M": opt_M, "opt_F": opt_F}, pool)
-
     train_M, train_F = o.method != "flow", o.method in ("degia", "flow")
     ascends = o.method in ("degia", "ada")
     rounds = {round(o.steps * (i + 1) / (o.rounds + 2)) for i in range(o.rounds) if ascends}
@@ -72,22 +70,13 @@ def train_degia(o, run):
             with run.compute.autocast():
                 output, _ = M(x)
             losses["task"] = degia.task_loss(output, y).mean()
-            opt_M.zero_grad()
-            losses["task"].backward()
-            run.average_gradients(M)
-            opt_M.step()
-
+            run.descend(losses["task"], {opt_M: M})
         if train_F:
             with run.compute.autocast():
                 shift = F.prior.shift(n)[run.mine]  # normalised over the whole batch, whoever computes it
                 log_p = F.log_prob(degia.flow_view(x, F.shape), y, u[run.mine], shift)
             losses["bits_per_dim"] = bits_per_dim(log_p, F.dim).mean()
-            opt_F.zero_grad()
-            (-log_p / F.dim).mean().backward()
-            run.average_gradients(F)
-            torch.nn.utils.clip_grad_norm_(F.parameters(), 10.)
-            opt_F.step()
-
+            run.descend((-log_p / F.dim).mean(), {opt_F: F}, clip=10.)
         if not run.end_step(step, losses, save=step in rounds):
             return
     if run.rank == 0:
@@ -95,9 +84,7 @@ def train_degia(o, run):
 
 def new_samples(o, run, step, M, F, x_src, y_src):
     """The max phase: K steps of ascent on (7) from each image, class by class, as d compares single classes.
-
-    The classes are shared out among the processes; the sum of what each one filled in joins the results.
-    """
+    The classes are shared out among the processes; the sum of what each one filled in joins the results."""
     g = run.generator(step, 1)
     u = torch.rand(len(x_src), *(F.shape if F else (1,)), generator=g, device=run.device)
     n = torch.randn(len(x_src), NOISE_DIM, generator=g, device=run.device)
@@ -121,6 +108,70 @@ def new_samples(o, run, step, M, F, x_src, y_src):
     if run.world > 1:
         dist.all_reduce(new)
     return new
+
+# ---------------------------------------------------------------- registration: the dual-flow loop
+
+def train_reg(o, run):
+    """One field, two orders, translate-register and register-translate: both must look like I_b, eq. (6)."""
+    pairs = data.load_pairs(o)
+    A, B = (images.to(run.device) for images in (pairs["train"].A, pairs["train"].B))
+    R, T, D = run.networks(geomreg.build, o, (A.shape[1], B.shape[1]))
+    opt_R, opt_T, opt_D = (torch.optim.Adam(net.parameters(), betas=(.5, .999), fused=True)
+                           for net in (R, T, D))
+    run.start({"R": R, "T": T, "D": D, "opt_R": opt_R, "opt_T": opt_T, "opt_D": opt_D}, {})
+    translation = o.similarity == "translation"
+
+    for step in range(run.step, o.steps):
+        run.set_rates(step, {opt_R: o.lr, opt_T: o.lr, opt_D: o.lr})
+        g, losses, progress = run.generator(step), {}, step / o.steps
+        picked = torch.randint(len(A), (o.batch,), generator=g, device=run.device)
+        flip = torch.rand(o.batch, 1, 1, 1, generator=g, device=run.device) < .5  # both or none: still a pair
+        I_a, I_b = (run.compute.images(I[picked]) * 2 - 1 for I in (A, B))
+        I_a, I_b = (torch.where(flip, I.flip(3), I)[run.mine] for I in (I_a, I_b))
+        with run.compute.autocast():
+            phi = R(I_a, I_b)
+        moved, fakes = warp.resample(I_a, phi), ()
+        if translation:
+            with run.compute.autocast():
+                T_a = T(I_a)
+                O_TR = T(moved)               # register first
+            O_RT = warp.resample(T_a, phi)    # translate first
+            fakes = {"both": (O_RT, O_TR), "translate-first": (O_RT,), "register-first": (O_TR,)}[o.order]
+
+        # ---- (1) max over D of eq. (5): tell I_b from the fakes, given I_a
+        if translation and o.gan:
+            with run.compute.autocast():
+                real, *fake = (D(I_a, I.detach()) for I in (I_b, *fakes))
+            losses["D"] = geomreg.adversarial(real, True) + geomreg.adversarial(torch.cat(fake), False)
+            run.descend(losses["D"], {opt_D: D})
+
+        # ---- (2) min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
+            D.requires_grad_(False)
+            with run.compute.autocast():
+                losses["gan"] = sum(geomreg.adversarial(D(I_a, O), True) for O in fakes)
+            D.requires_grad_(True)
+        scales = o.scales if progress < .35 else min(2, o.scales)  # far matches first, then precise ones
+        stiff = o.smooth * min(1., .4 + 3 * progress)  # a field that is stiff at once never begins to move
+        losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
+        if translation:
+            losses["recon"] = sum(geomreg.distance(O, I_b, o.window, scales) for O in fakes)
+        else:
+            losses["recon"] = geomreg.dissimilarity(o.similarity, moved, I_b, o.window, scales)
+        if translation and o.practice:  # not in the paper: find a known field between A and T's picture of it
+            known = warp.random_field(o.batch, I_a.shape[-2:], .06 * o.size, .05 * o.size, g)[run.mine]
+            light = torch.randn(2, o.batch, 1, 1, 1, generator=g, device=run.device)[:, run.mine]
+            picture = warp.resample(T_a.detach(), known, "border") * (1 + .3 * light[0]) + .2 * light[1]
+            with run.compute.autocast():
+                guess = R(I_a, picture)
+            losses["practice"] = torch.linalg.vector_norm(guess - known, dim=1).mean() / o.size
+        weights = {"gan": o.gan, "recon": o.recon, "smooth": stiff, "practice": o.practice}
+        run.descend(sum(weight * losses[name] for name, weight in weights.items() if name in losses),
+                    {opt_R: R, opt_T: T} if translation else {opt_R: R})
+        if not run.end_step(step, losses):
+            return
+    if run.rank == 0:
+        run.finish({"order": o.order, "similarity": o.similarity},
+                   evaluation.evaluate_reg(run.compute, R, pairs, run.folder))
 
 # ---------------------------------------------------------------- options
 
@@ -165,6 +216,33 @@ class Degia(Common):
     flow_steps: int = option(4, "couplings per scale of F", 1)
     flow_hidden: int = option(64, "channels inside a coupling", 1)
 
+@dataclass
+class Reg(Common):
+    modality: str = option("ir", "B of the embedded plants", choices=("ir", "depth"))
+    train: int = option(2000, "number of embedded training pairs", 1)
+    size: int = option(64, "side of the images", 16, paper=256)
+    similarity: str = option("translation", "what R learns from: T (the paper), or a classical measure",
+                             choices=("translation", "ncc", "ncc-edges"))
+    order: str = option("both", "which compositions of T and R_S are trained",
+                        choices=("both", "register-first", "translate-first"))
+    steps: int = option(1300, "training steps", 1)
+    batch: int = option(16, "pairs per step, over all processes", 1, paper=12)
+    lr: float = option(2e-3, "learning rate; linear to 0 over the second half", 0, paper=1e-4)
+    gan: float = option(.2, "weight of the adversarial loss; 0: no D", 0, paper=1.)
+    recon: float = option(20., "weight of L_recon, or of the classical measure", 0, paper=100.)
+    smooth: float = option(200., "weight lambda_S of the smoothness", 0, paper=200.)
+    alpha: float = option(1., "how much the field may bend at edges, eq. (3)", 0, paper=1.)
+    window: int = option(5, "side of the windows of local correlation; 0: L1", choices=(0, 5, 7, 9), paper=0)
+    scales: int = option(4, "image scales that are compared: 1, 1/2, 1/4, ...", 1, 6, paper=1)
+    practice: float = option(50., "weight of R's practice on T's pictures moved by known fields", 0, paper=0.)
+    R_width: int = option(24, "channels of R", 2)
+    R_levels: int = option(3, "halvings of R", 1, 8)
+    T_width: int = option(24, "channels of T", 1, paper=64)
+    T_downs: int = option(0, "halvings of T", 0, 5, paper=2)
+    T_blocks: int = option(0, "residual blocks of T", 0, paper=9)
+    D_width: int = option(16, "channels of D", 1, paper=64)
+    D_layers: int = option(2, "halvings of D", 1, 6, paper=3)
+
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -177,8 +255,7 @@ def parse(argv):
         sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
         sub.add_argument("--paper", action="store_true", help="the paper's values, where it states them")
         for f in dataclasses.fields(kind):
-            about = f.metadata
-            how = {bool: {"action": "store_true"}, list: {"nargs": "+"}}
+            about, how = f.metadata, {bool: {"action": "store_true"}, list: {"nargs": "+"}}
             how = how.get(f.type, {"type": f.type, "choices": about["choices"]})
             paper = "" if about["paper"] is None else f"; paper {about['paper']}"
             sub.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, **how,
@@ -197,7 +274,6 @@ def parse(argv):
 
 class Run:
     """What a run computes on and what it leaves behind: processes, device, log, checkpoint."""
-
     def __init__(self, o, checkpoint):
         self.o, self.checkpoint, self.folder, self.task = o, checkpoint, Path(o.out), type(o).__name__.lower()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -213,27 +289,29 @@ class Run:
         self.rows, self.history = begun["log"], []  # lines of log.csv; losses since the last of them
         self.resumed = self.saved = time.time()
         self.began = self.resumed - begun["seconds"]
-
     def generator(self, step, stream=0):
         """The source of all that is random in a step; streams: 0 its batch, 1 its max phase, 2 the start."""
         return torch.Generator(self.device).manual_seed((self.o.seed * 10 ** 8 + step) * 4 + stream)
-
     def networks(self, build, *arguments):
         """build(*arguments) from the run's seed, on its device."""
         torch.manual_seed(self.o.seed)
         return [net.to(self.device, memory_format=torch.channels_last) for net in build(*arguments)]
-
     def set_rates(self, step, rates):
         """Learning rates {optimizer: rate}: constant, then linear to 0 over the second half."""
         for optimizer, rate in rates.items():
             optimizer.param_groups[0]["lr"] = rate * min(1., 2 - 2 * step / self.o.steps)
-
-    def average_gradients(self, *nets):
-        """Replace each gradient by its mean over the processes."""
-        for p in (p for net in nets for p in net.parameters()) if self.world > 1 else ():
-            dist.all_reduce(p.grad)
-            p.grad /= self.world
-
+    def descend(self, loss, players, clip=None):
+        """A step of each optimizer of {optimizer: network}; gradients are averaged over the processes."""
+        for optimizer in players:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer, net in players.items():
+            for p in net.parameters() if self.world > 1 else ():
+                dist.all_reduce(p.grad)
+                p.grad /= self.world
+            if clip:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+            optimizer.step()
     def start(self, parts, extra):
         """Load the checkpoint, if any, into networks, optimizers and `extra` tensors; make the run folder."""
         self.parts, self.extra = parts, extra
@@ -248,7 +326,6 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.o), indent=1) + "\n")
             self.save()
-
     def end_step(self, step, losses, save=False):
         """Log, check and save when it is time; False if the run is to stop before its end."""
         self.step = step + 1
@@ -262,7 +339,6 @@ class Run:
         if stop and self.rank == 0:
             print(f"stopped after step {self.step} as --stop-after asks; go on with --resume")
         return not stop
-
     def log(self, names):
         """A line on the screen and in log.csv: means since the last. ValueError if one is not finite."""
         values = torch.stack(self.history).float()
@@ -282,7 +358,6 @@ class Run:
         left = (now - self.resumed) / (self.step - self.first_step) * (self.o.steps - self.step)
         print(f"step {self.step:6d}/{self.o.steps}  " + "  ".join(f"{n} {row[n]:8.4f}" for n in names)
               + f"  {row['seconds']:6.0f} s  {left:6.0f} s left", flush=True)
-
     def save(self):
         """Write the checkpoint under a temporary name, then move it: at any moment there is a whole one."""
         self.saved = time.time()
@@ -294,7 +369,6 @@ class Run:
                     "seconds": self.saved - self.began, "config": dataclasses.asdict(self.o),
                     "extra": self.extra, "state": state}, self.folder / "checkpoint.part")
         os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
-
     def finish(self, about, measured):
         """Write results.json and the curves, print the table."""
         results = {"task": self.task, **about, "seed": self.o.seed, "steps": self.step,
@@ -324,7 +398,7 @@ def main(argv):
     if dist.is_initialized():
         dist.destroy_process_group()
 
-TASKS = {"degia": (Degia, train_degia)}
+TASKS = {"degia": (Degia, train_degia), "reg": (Reg, train_reg)}
 
 if __name__ == "__main__":
     evaluation.exit_on_bad_input(main)
