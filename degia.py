@@ -11,8 +11,9 @@ max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_sr
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
-
 from flows import Flow, gaussian_w2
+
+TRAINED = {"degia": "MF", "pure": "M", "ada": "M", "flow": "F"}  # which networks a method trains
 
 class LeNet(nn.Module):
     """Two 5x5 convolutions (64, 128) and two layers of 1024: the digit network of ADA, M-ADA and RandConv."""
@@ -66,4 +67,4 @@ def build(o):
     if o.flow_size > o.size:
         raise ValueError(f"--flow-size {o.flow_size}: larger than the images; choose at most --size {o.size}")
     M = LeNet(10, o.size)
-    return M, Flow(o.flow_channels, o.flow_size, 10, 2, o.flow_steps, o.flow_hidden, o.gamma, o.lam)
+    return M, Flow(o.flow_channels, o.flow_size, 10, 2, o.flow_steps, o.gamma, o.lam)

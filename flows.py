@@ -8,10 +8,9 @@ A flow model is a (prior, invertible map) pair: `Flow` maps x to z = F(x), `Prio
     G_m, G_std   learned mean and standard deviation of each class;  H_m  noise shift, an MLP of n ~ N(0, I)
 
 Each layer returns (output, log |det d output / d input|), the latter (B,) or one number. Log-likelihoods are
-of y, in nats. The couplings' networks may run in bfloat16 under autocast; everything else is float32.
+of y, in nats. Only the couplings' networks may run in bfloat16.
 """
 import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -104,7 +103,7 @@ class Prior(nn.Module):
 
 class Flow(nn.Module):
     """F: a squeezed logit, then levels of squeeze, `steps` x (ActNorm, 1x1, coupling), half factored out."""
-    def __init__(self, channels, size, classes, levels=2, steps=4, hidden=64, gamma=1., lam=.1):
+    def __init__(self, channels, size, classes, levels=2, steps=4, gamma=1., lam=.1, hidden=64):
         super().__init__()
         if size % 2 ** levels:
             raise ValueError(f"--flow-size {size}: not a multiple of {2 ** levels}; choose another")

@@ -6,56 +6,68 @@
     D         conditional patch discriminator: is this the B that belongs to I_a?
     O_RT = R_S(T(I_a), phi)  translate first          O_TR = T(R_S(I_a, phi))  register first
 
-Both orders share one phi. If T moved anything, not both could match I_b: what moving pixels can explain is
-left to R. The loop itself is `train.train_reg`.
+Both orders share one phi: if T moved anything, not both could match I_b. The loop is `train.train_reg`.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
-
 import warp
 
-EDGE_BLUR = 5    # side of the mean before Sobel's filter
-FLAT = 1e-2      # added to local variances: where both images are flat there is nothing to correlate
+FLAT = 1e-2  # added to local variances: where both images are flat there is nothing to correlate
 
 # ---------------------------------------------------------------- networks
-
 def conv(c_in, c_out, kernel=3, stride=1, bias=True):
     """A convolution that keeps the size (over the stride), Kaiming-initialised."""
     layer = nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=bias)
     nn.init.kaiming_normal_(layer.weight, a=.2)
     return layer
 
-def conv_relu(*arguments):
-    return nn.Sequential(conv(*arguments), nn.LeakyReLU(.2))
-
-def conv_norm(c_in, c_out, kernel=3, stride=1):
-    """Without a bias, which InstanceNorm would take away again."""
-    return nn.Sequential(conv(c_in, c_out, kernel, stride, bias=False), nn.InstanceNorm2d(c_out))
+def conv_relu(c_in, c_out, kernel=3, stride=1, norm=False):
+    """With InstanceNorm there is no bias, which it would take away again."""
+    return nn.Sequential(conv(c_in, c_out, kernel, stride, not norm),
+                         nn.InstanceNorm2d(c_out) if norm else nn.Identity(), nn.LeakyReLU(.2))
 
 class Residual(nn.Module):
     """x + f(x), f two convolutions with InstanceNorm."""
     def __init__(self, width):
         super().__init__()
-        self.body = nn.Sequential(conv_norm(width, width), nn.LeakyReLU(.2), conv_norm(width, width))
+        last = conv(width, width, bias=False)
+        self.body = nn.Sequential(conv_relu(width, width, norm=True), last, nn.InstanceNorm2d(width))
     def forward(self, x):
         return x + self.body(x)
 
 def field_layer(width):
     """The last layer of R: small weights, so that phi starts near 0."""
-    layer = nn.Conv2d(width, 2, 3, padding=1)
-    nn.init.normal_(layer.weight, std=.01)
-    nn.init.zeros_(layer.bias)
+    layer = conv(width, 2)
+    layer.weight.data *= .1
     return layer
 
 def pad(I, multiple):
     """I with its last row and column repeated until the sides are multiples; the networks crop again."""
     return nnf.pad(I, (0, -I.shape[3] % multiple, 0, -I.shape[2] % multiple), "replicate")
 
+class UNet(nn.Module):
+    """R of the paper: U-Net, residual blocks on the way down and before the output, bilinear upsampling."""
+    def __init__(self, a, b, width, levels=4):
+        super().__init__()
+        steps = [(width * min(2 ** i, 4), width * min(2 ** (i + 1), 4)) for i in range(levels)]
+        self.first = conv_relu(a + b, width)
+        self.down = nn.ModuleList(nn.Sequential(conv_relu(i, o, 3, 2), Residual(o)) for i, o in steps)
+        self.up = nn.ModuleList(conv_relu(i + o, i) for i, o in reversed(steps))
+        self.last = nn.Sequential(Residual(width), Residual(width), field_layer(width))
+    def forward(self, I_a, I_b):
+        x = [self.first(pad(torch.cat([I_a, I_b], 1), 2 ** (len(self.down) + 1)))]
+        for layer in self.down:
+            x.append(layer(x[-1]))
+        for layer in self.up:
+            low, skip = x.pop(), x.pop()
+            x.append(layer(torch.cat([nnf.interpolate(low, size=skip.shape[-2:], mode="bilinear"), skip], 1)))
+        return self.last(x[0])[..., :I_a.shape[2], :I_a.shape[3]].float()
+
 class Pyramid(nn.Module):
     """R from coarse to fine: warp A's features by phi, compare them with B's, correct phi; twice a level.
     Levels are 1/2, 1/4, ... of the image; the finest that corrects phi is 1/4, which keeps phi smooth."""
-    def __init__(self, a, b, width, levels):
+    def __init__(self, a, b, width, levels=3):
         super().__init__()
         self.encode_a, self.encode_b = (nn.ModuleList(
             nn.Sequential(conv_relu(c if level == 0 else width, width, 3, 2), conv_relu(width, width))
@@ -76,80 +88,81 @@ class Pyramid(nn.Module):
         return warp.resize_field(phi, features[0][0].shape[-2:])[..., :I_a.shape[2], :I_a.shape[3]]
 
 class Translator(nn.Module):
-    """T: `downs` halvings, residual blocks, as many doublings, tanh."""
-    def __init__(self, a, b, width, downs, blocks):
+    """T: two halvings, residual blocks, two doublings; or two convolutions of 3x3 alone; tanh."""
+    def __init__(self, a, b, width, blocks):
         super().__init__()
-        kernel, self.multiple = 7 if downs else 3, 2 ** (downs + 1)
+        downs, kernel, self.multiple = (2, 7, 8) if blocks else (0, 3, 1)
         steps = [(width * 2 ** i, width * 2 ** (i + 1)) for i in range(downs)]
         layers = [conv_relu(a, width, kernel)]
         for i, o in steps:
-            layers += [conv_norm(i, o, 3, 2), nn.LeakyReLU(.2)]
+            layers.append(conv_relu(i, o, 3, 2, norm=True))
         layers += [Residual(width * 2 ** downs) for _ in range(blocks)]
         for i, o in reversed(steps):
-            layers += [nn.Upsample(scale_factor=2, mode="bilinear"), conv_norm(o, i), nn.LeakyReLU(.2)]
+            layers += [nn.Upsample(scale_factor=2, mode="bilinear"), conv_relu(o, i, norm=True)]
         self.net = nn.Sequential(*layers, conv(width, b, kernel))
     def forward(self, I_a):
         return torch.tanh(self.net(pad(I_a, self.multiple))[..., :I_a.shape[2], :I_a.shape[3]].float())
 
 class Discriminator(nn.Module):
     """D: a logit for each patch of a pair (I_a, I_b or a fake), as in pix2pix."""
-    def __init__(self, a, b, width, layers):
+    def __init__(self, a, b, width):
         super().__init__()
-        widths = [width * min(2 ** i, 8) for i in range(layers + 1)]
         self.net = nn.Sequential(conv_relu(a + b, width, 4, 2))
-        for level, (i, o) in enumerate(zip(widths, widths[1:]), 1):
-            self.net.extend([conv_norm(i, o, 4, 2 if level < layers else 1), nn.LeakyReLU(.2)])
-        self.net.append(conv(widths[-1], 1, 4))
+        for i, o, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):
+            self.net.append(conv_relu(i * width, o * width, 4, stride, norm=True))
+        self.net.append(conv(8 * width, 1, 4))
     def forward(self, I_a, I):
-        return self.net(pad(torch.cat([I_a, I], 1), 2 ** 4))[..., :I.shape[2], :I.shape[3]].float()
+        return self.net(pad(torch.cat([I_a, I], 1), 2 ** 5)).float()
 
 def build(o, channels):
     """R, T and D of the options o for A and B of so many channels, untrained."""
     a, b = channels
-    R = Pyramid(a, b, o.R_width, o.R_levels)
-    return R, Translator(a, b, o.T_width, o.T_downs, o.T_blocks), Discriminator(a, b, o.D_width, o.D_layers)
+    R = {"pyramid": Pyramid, "unet": UNet}[o.registration](a, b, o.R_width)
+    return R, Translator(a, b, o.T_width, o.T_blocks), Discriminator(a, b, o.D_width)
 
 # ---------------------------------------------------------------- losses
-
 def adversarial(logits, real):
     """A term of eq. (5): binary cross-entropy of logits with "real" or "fake"; R and T ask for "real"."""
     return nnf.softplus(-logits if real else logits).mean()
 
+def local_mean(I, window):
+    return nnf.avg_pool2d(I, window, 1, window // 2, count_include_pad=False)
+
 def local_moments(I, J, window):
     """Means, variances and covariance of I and J over window x window neighbourhoods: five maps."""
-    def mean(x):
-        return nnf.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
-    i, j = mean(I), mean(J)
-    return i, j, (mean(I * I) - i * i).clamp_min(0), (mean(J * J) - j * j).clamp_min(0), mean(I * J) - i * j
+    i, j, ii, jj, ij = (local_mean(x, window) for x in (I, J, I * I, J * J, I * J))
+    return i, j, (ii - i * i).clamp_min(0), (jj - j * j).clamp_min(0), ij - i * j
 
 def correlation(I, J, window):
     """Local correlation of I and J at every pixel, in [-1,1]; 0 where one of them is flat."""
     _, _, var_i, var_j, cov = local_moments(I, J, window)
     return cov / ((var_i + FLAT) * (var_j + FLAT)).sqrt()
 
+def ssim(I, J, window):
+    """Structural similarity at every pixel, for images in [-1,1]."""
+    i, j, var_i, var_j, cov = local_moments(I, J, window)
+    c_1, c_2 = (.01 * 2) ** 2, (.03 * 2) ** 2
+    return (2 * i * j + c_1) * (2 * cov + c_2) / ((i * i + j * j + c_1) * (var_i + var_j + c_2))
+
 def edges(I):
-    """Sobel magnitude of the smoothed grey image (B,1,H,W)."""
-    I = nnf.avg_pool2d(I.mean(1, keepdim=True), EDGE_BLUR, 1, EDGE_BLUR // 2, count_include_pad=False)
+    """Sobel magnitude of the grey image, smoothed by a 5x5 mean, (B,1,H,W) from -1."""
+    I = local_mean(I.mean(1, keepdim=True), 5)
     sobel = torch.tensor([[1., 0., -1.], [2., 0., -2.], [1., 0., -1.]]).to(I) / 8
     slopes = nnf.conv2d(nnf.pad(I, (1, 1, 1, 1), "replicate"), torch.stack([sobel, sobel.T])[:, None])
-    return torch.linalg.vector_norm(slopes, dim=1, keepdim=True)
+    return 4 * warp.length(slopes)[:, None] - 1
 
-def over_scales(compare, I, J, scales):
-    """Mean over scales 1, 1/2, 1/4, ... of compare(I, J): coarse ones see what is far away."""
-    total = compare(I, J)
-    for _ in range(scales - 1):
+MEASURES = {  # of how little I and J match at each pixel
+    "l1": lambda I, J, window: (I - J).abs(),
+    "correlation": lambda I, J, window: 1 - correlation(I, J, window),
+    "ncc": lambda I, J, window: 1 - correlation(I.mean(1, True), J.mean(1, True), window).square(),
+    "ncc-edges": lambda I, J, window: 1 - correlation(edges(I), edges(J), window).square(),
+    "ssim-edges": lambda I, J, window: 1 - ssim(edges(I), edges(J), window)}
+
+def distance(measure, I, J, window, scales):
+    """Mean over pixels and over scales 1, 1/2, 1/4, ... of a measure: coarse scales see what is far away.
+    L_recon of (4) is "l1"; "correlation" does not reward, as L1 does, pulling blank ground over a misfit."""
+    total = 0.
+    for _ in range(scales):
+        total = total + MEASURES[measure](I, J, window).mean()
         I, J = nnf.avg_pool2d(I, 2), nnf.avg_pool2d(J, 2)
-        total = total + compare(I, J)
     return total / scales
-
-def distance(O, I_b, window, scales):
-    """L_recon of eq. (4) for one order: mean over pixels of ||O - I_b||_1, or of 1 - local correlation, which
-    unlike L1 does not reward a field that pulls blank ground over whatever does not fit yet."""
-    def compare(O, I_b):
-        return 1 - correlation(O, I_b, window).mean() if window else (O - I_b).abs().mean()
-    return over_scales(compare, O, I_b, scales)
-
-def dissimilarity(measure, moved, I_b, window, scales):
-    """1 - squared local correlation of the registered A and I_b, of their grey values or of their edges."""
-    I, J = (4 * edges(I) - 1 if measure == "ncc-edges" else I.mean(1, keepdim=True) for I in (moved, I_b))
-    return over_scales(lambda I, J: 1 - correlation(I, J, window or 9).square().mean(), I, J, scales)

@@ -1,22 +1,18 @@
-"""What this code promises, a promise per test: `python -m pytest test_all.py`. Nothing is downloaded.
-Oracles are written differently (an inverse, autograd, torch.distributions, a run that was not interrupted);
-layers that start at zero are perturbed first, else an identity would pass."""
+"""What this code promises, a promise per test: `python -m pytest test_all.py`. Nothing is downloaded."""
 import gzip, json, math, os, re, shlex, subprocess, sys
 from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
 from PIL import Image
-
 import data, degia, flows, geomreg, train, warp
 import eval as evaluation
 
 HERE = Path(__file__).parent
 DEGIA = ("degia --dtype f32 --train 60 --size 16 --batch 8 --rounds 2 --K 2 "
-         "--flow-size 4 --flow-steps 1 --flow-hidden 8")
-REG = ("reg --dtype f32 --train 20 --size 16 --batch 4 "
+         "--flow-size 4 --flow-steps 1")
+REG = ("reg --dtype f32 --train 20 --width 16 --height 16 --batch 4 "
        "--scales 1 --R-width 4 --T-width 4 --D-width 4")
 
 def same(a, b, tolerance=0.):
@@ -32,8 +28,6 @@ def perturbed_flow(channels=3, size=4, classes=3, levels=2, dtype=torch.float64,
     for p in F.parameters():
         p.data.add_(.15 * torch.randn_like(p))
     return F
-
-# ---------------------------------------------------------------- flows
 
 @pytest.mark.parametrize("channels,size,levels", [(3, 4, 2), (1, 4, 1), (2, 4, 1), (1, 8, 3)])
 def test_the_flow_is_inverted_and_its_log_determinant_is_the_jacobians(channels, size, levels):
@@ -56,11 +50,10 @@ def test_density_integrates_to_one_and_its_measures_measure():
     with torch.no_grad():
         p = F.log_prob(y * 256 / 255, torch.ones(len(y), dtype=torch.long), torch.zeros_like(y)).exp()
     assert abs(p.mean().item() * width ** 4 - 1) < .02
-    bits = flows.bits_per_dim(torch.tensor([0., 784 * math.log(256)]), 784)
-    assert bits.tolist() == [8, pytest.approx(0, abs=1e-5)]
+    same(flows.bits_per_dim(torch.tensor([0., 784 * math.log(256)]), 784), torch.tensor([8., 0.]), 1e-5)
     a, b = torch.randn(2, 200_000, generator=torch.Generator().manual_seed(0)).sort(1)[0]
-    cost = (1 + .5 * a + .5 - 2 * b).square().mean().item()
-    assert flows.gaussian_w2(*torch.tensor([1., .5, -.5, 2.])).item() == pytest.approx(cost, rel=.03)
+    cost = (1 + .5 * a + .5 - 2 * b).square().mean().item()  # in each of two dimensions
+    assert flows.gaussian_w2(*torch.tensor([[1., .5, -.5, 2.]] * 2).T).item() == pytest.approx(cost, rel=.03)
 
 def test_actnorm_normalises_its_first_batch_and_stays_set_after_a_reload():
     """A flag that is not in the checkpoint makes a reloaded flow set itself anew, from another batch."""
@@ -76,23 +69,20 @@ def test_actnorm_normalises_its_first_batch_and_stays_set_after_a_reload():
 def test_prior_is_eq_8_and_its_noise_shift_keeps_deviation_lambda_after_training():
     """Maximum likelihood would shrink H_m(n), or make it a constant; then lambda would mean nothing."""
     F = perturbed_flow(gamma=.7, lam=.3)
-    F.prior.log_G_std.weight.data *= 20  # beyond its bounds
     (x, u), c, n = rand(2, 64, 3, 4, 4), torch.arange(64) % 3, torch.randn(31, 64, flows.NOISE_DIM).double()
+    optimizer, before = torch.optim.Adam(F.parameters(), 1e-2), F.log_prob(x, c, u).mean()
+    for noise in n[1:]:
+        optimizer.zero_grad()
+        (-F.log_prob(x, c, u, F.prior.shift(noise)).mean()).backward()
+        optimizer.step()
+    shift = F.prior.shift(torch.randn(256, flows.NOISE_DIM).double())
+    assert F.log_prob(x, c, u).mean() > before + 1 and shift.mean(0).abs().max() < 1e-5
+    assert shift.square().mean().sqrt().item() == pytest.approx(.3, abs=1e-3)
+    F.prior.log_G_std.weight.data *= 20  # beyond its bounds
     z, shift = 4 * rand(64, F.dim) - 2, F.prior.shift(n[0])
     mean, std = .7 * F.prior.G_m.weight[c] + shift, F.prior.log_G_std.weight[c].clamp(-2, .5).exp()
     assert std.min() < .14 and std.max() > 1.6
     same(F.prior.log_prob(z, c, shift), torch.distributions.Normal(mean, std).log_prob(z).sum(1), 1e-9)
-    optimizer, before = torch.optim.Adam(F.parameters(), 1e-2), F.log_prob(x, c, u).mean()
-    for noise in n[1:]:
-        loss = -F.log_prob(x, c, u, F.prior.shift(noise)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    shift = F.prior.shift(torch.randn(256, flows.NOISE_DIM).double())
-    assert -loss > before + 1 and shift.mean(0).abs().max() < 1e-5
-    assert shift.square().mean().sqrt().item() == pytest.approx(.3, abs=1e-3)
-
-# ---------------------------------------------------------------- the ascent
 
 def test_the_ascent_climbs_eq_7_stays_in_range_and_touches_no_parameter():
     """Each term against its definition, d without the noise shift; M and F learn in the min phase only."""
@@ -118,8 +108,6 @@ def test_the_ascent_climbs_eq_7_stays_in_range_and_touches_no_parameter():
     ada = nnf.cross_entropy(M(x)[0], c, reduction="none") - 2 * (M(x)[1] - feature).square().mean(1)
     same(degia.max_objective(x, c, c, M, None, feature, None, None, 2., 1.), ada.sum(), 1e-4)  # without F
     same(objective(x, 2., 3.), (ada - 3 * log_p / F.dim - 2 * d).sum(), 1e-4)
-
-# ---------------------------------------------------------------- displacement fields
 
 def bumpy(height, width, size=1.):
     """A smooth field without folds, (1,2,H,W) in pixels, float64."""
@@ -164,36 +152,32 @@ def test_smoothness_is_eq_2_neighbour_by_neighbour():
     small, large = (warp.smoothness(bumpy(s, s, .1 * s), torch.zeros(1, 1, s, s), 0.) for s in (64, 128))
     assert found[1] < found[0] and small.item() == pytest.approx(large.item(), rel=.05)
 
-# ---------------------------------------------------------------- registration
-
-@pytest.mark.parametrize("size", [(5, 5), (17, 30)])
-@pytest.mark.parametrize("downs", [0, 2])
-def test_any_size_and_any_channels_pass_the_networks(size, downs):
-    """R gives a field, T a picture of B's channels, at the size of the input; every parameter learns."""
-    o = train.Reg(R_width=4, T_width=4, T_downs=downs, T_blocks=1, D_width=4)
+@pytest.mark.parametrize("registration,blocks", [("pyramid", 0), ("unet", 1)])
+def test_the_networks_pass_any_size_and_the_papers_have_the_papers_sizes(registration, blocks):
+    """A field and a picture of B's channels, as large as the input; all learns; about 2.1, 11.4 and 2.8 M."""
+    o = train.Reg(registration=registration, R_width=4, T_width=4, T_blocks=blocks, D_width=4)
     R, T, D = geomreg.build(o, (3, 2))
-    I_a, I_b = (rand(2, c, *size, dtype=torch.float32) for c in (3, 2))
-    phi, O, verdict = R(I_a, I_b), T(I_a), D(I_a, I_b)
-    assert phi.shape == (2, 2, *size) and O.shape == I_b.shape and phi.abs().max() < 3
-    (phi.square().sum() + O.square().sum() + verdict.square().sum()).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for net in (R, T, D) for p in net.parameters())
-
-def test_the_papers_networks_have_the_papers_sizes():
-    """T about 11.4 M parameters, D about 2.8 M."""
+    for size in ((5, 5), (17, 30)):
+        I_a, I_b = (rand(2, c, *size, dtype=torch.float32) for c in (3, 2))
+        phi, O = R(I_a, I_b), T(I_a)
+        assert phi.shape == (2, 2, *size) and O.shape == I_b.shape and phi.abs().max() < 5
+        (phi.square().sum() + O.square().sum() + D(I_a, I_b).square().sum()).backward()
+        for p in (p for net in (R, T, D) for p in net.parameters()):
+            assert p.grad.isfinite().all()
+            p.grad = None
     o, _, _ = train.parse(["reg", "--paper"])
-    counts = [sum(p.numel() for p in net.parameters()) / 1e6 for net in geomreg.build(o, (3, 1))[1:]]
-    assert counts == pytest.approx([11.4, 2.8], rel=.1)
+    counts = [sum(p.numel() for p in net.parameters()) / 1e6 for net in geomreg.build(o, (3, 1))]
+    assert counts == pytest.approx([2.1, 11.4, 2.8], rel=.1)
 
 def test_measures_of_an_image_with_itself():
-    """Correlation is 1; correlation of the negative is -1 and its square does not care."""
+    """Correlation and SSIM are 1; correlation of the negative is -1 and its square does not care."""
     I = nnf.interpolate(2 * rand(1, 1, 9, 9) - 1, (32, 32), mode="bicubic", align_corners=True)
+    same(geomreg.ssim(I, I, 9), torch.ones_like(I), 1e-9)
     assert geomreg.correlation(I, I, 9).mean() > .85 and geomreg.correlation(I, -I, 9).mean() < -.85
-    for measure in ("ncc", "ncc-edges"):
-        values = [geomreg.dissimilarity(measure, J, I, 9, 2) for J in (I, I.roll(5, 3))]
-        assert values[0] < .35 and values[1] > values[0] + .2
-    same(geomreg.dissimilarity("ncc", I, -I, 9, 1), geomreg.dissimilarity("ncc", I, I, 9, 1), 1e-9)
-
-# ---------------------------------------------------------------- data
+    for measure in geomreg.MEASURES:
+        values = [geomreg.distance(measure, J, I, 9, 2) for J in (I, I.roll(5, 3))]
+        assert values[0] < .45 and values[1] > values[0] + .2
+    same(geomreg.distance("ncc", I, -I, 9, 1), geomreg.distance("ncc", I, I, 9, 1), 1e-9)
 
 def test_embedded_digits_depend_on_the_seed_alone_and_a_stroke_covers_its_area():
     """Everybody measures on the same digits. A capsule of length L and radius r has 2 r L + pi r^2 pixels."""
@@ -210,58 +194,75 @@ def test_embedded_digits_depend_on_the_seed_alone_and_a_stroke_covers_its_area()
 
 def test_embedded_plants_are_honest():
     """5 to 7 px that no mean field, translation or affine map removes; points in the images."""
-    _, _, points, salient = data.make_plants(100, 64, 999_001)
-    seen, errors = [p[~p.isnan().any(1)] for p in points], []
-    P_a, P_b = torch.cat(seen).split(2, 1)
-    assert min(map(len, seen)) >= 6 and (~points[:, salient].isnan()).float().mean() > .3
-    assert torch.cat(seen).min() >= -.5 and torch.cat(seen).max() <= 63.5
-    for a, b in (p.split(2, 1) for p in seen):
-        near = torch.softmax(-torch.cdist(a, P_a).square() / 32, 1)  # the mean field, smoothed
-        A = nnf.pad(a, (0, 1), value=1.)
-        guesses = a, a + near @ (P_b - P_a), a + (b - a).mean(0), A @ torch.linalg.lstsq(A, b).solution
-        errors.append(torch.stack([(guess - b).norm(dim=1).mean() for guess in guesses]))
-    nothing, mean_field, translation, affine = torch.stack(errors).mean(0)
-    assert 5 <= nothing <= 7 and mean_field >= .95 * nothing
-    assert translation >= .55 * nothing and affine >= .35 * nothing
+    _, _, points, salient = data.make_plants(100, (64, 64), 999_001)
+    there, left = ~points.isnan(), evaluation.simple_maps(points)
+    assert there.all(2).sum(1).min() >= 6 and there[:, salient].float().mean() > .3
+    assert points[there].min() >= -.5 and points[there].max() <= 63.5
+    nothing = (points[..., :2] - points[..., 2:]).norm(dim=2).nanmean(1).mean().item()
+    assert 5 <= nothing <= 7 and left["mean field"] >= .95 * nothing
+    assert left["translation"] >= .55 * nothing and left["affine"] >= .35 * nothing
 
-def mnist(folder, label=None, cut=None, swap=False):
+def mnist(folder, label=None, cut=None):
     """The folder, with MNIST's four files in it, filled with 40 small digits; optionally damaged."""
     x, y = data.make_digits(40, 28, 0)
-    images = bytes([0, 0, 8, 3, 0, 0, 0, 40, 0, 0, 0, 28, 0, 0, 0, 28]) + data.to_uint8(x).numpy().tobytes()
-    labels = bytes([0, 0, 8, 1, 0, 0, 0, 40, *([label] * 40 if label else y.tolist())])
-    images, labels = (labels, images) if swap else (images[:cut], labels)
+    images = np.array([0x803, 40, 28, 28], ">i4").tobytes() + data.to_uint8(x).numpy().tobytes()
+    labels = np.array([0x801, 40], ">i4").tobytes() + bytes([label] * 40 if label else y.tolist())
     for split in ("train", "t10k"):
-        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+        (folder / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(images[:cut]))
         (folder / f"{split}-labels-idx1-ubyte").write_bytes(labels)
     return folder
 
-def mnist_m(folder, labels="3 1 4", cut=None):
+def mnist_m(folder, labels="3 1 4"):
     """The folder, in the layout of MNIST-M's release: constant images of brightness 80, 81, ..."""
     (folder / "mnist_m_train").mkdir(parents=True)
     lines = [f"{i}.png {label}\n" for i, label in enumerate(labels.split())]
     (folder / "mnist_m_train_labels.txt").write_text("".join(lines))
-    for path in (folder / f"mnist_m_train/{i}.png" for i in range(len(lines))):
-        Image.new("RGB", (32, 32), (80 + int(path.stem), 0, 0)).save(path)
-    if cut:
-        os.truncate(folder / "mnist_m_train/1.png", cut)
+    for i in range(len(lines)):
+        Image.new("RGB", (32, 32), (80 + i, 0, 0)).save(folder / f"mnist_m_train/{i}.png")
     return folder
 
-def test_real_digits_are_read_as_they_were_written(tmp_path):
-    """IDX plain and gzipped, MNIST-M as released, MNIST-M made from photographs; images keep labels."""
+def pair_folder(folder, points="a0,3,4,5,6 a1,23,19,0,0", spoil=None):
+    """The folder, with pairs: A 24x20 in colours, B twice as large, 16-bit, grey; spoil = (file, content)."""
+    for root in (folder / "train", folder / "test"):
+        (root / "A").mkdir(parents=True)
+        (root / "B").mkdir()
+        for i, mode in enumerate(("RGB", "RGB", "P", "RGBA")):
+            picture = Image.fromarray((rand(5, 6, 3, seed=i) * 255).byte().numpy()).resize((24, 20))
+            picture.convert(mode).save(root / f"A/a{i}.png")
+            deep = np.asarray(picture.convert("L").resize((48, 40)), np.uint16) * 200
+            Image.fromarray(deep).save(root / f"B/a{i}.png")
+        (root / "landmarks.csv").write_text("\n".join(["name,xa,ya,xb,yb", *points.split()]))
+    if spoil:
+        (folder / "train" / spoil[0]).write_bytes(spoil[1])
+    return folder
+
+def test_folders_are_read_as_they_were_written(tmp_path):
+    """MNIST, MNIST-M, photographs, pairs of any depth and size: pixels, labels and points stay together."""
     x, y = data.make_digits(40, 28, 0)
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (50, 40), (255, 0, 0)).save(tmp_path / "photos/red.png")
-    unseen = [str(mnist_m(tmp_path / "mm")), str(tmp_path / "photos")]
+    unseen, run = [str(mnist_m(tmp_path / "mm")), str(tmp_path / "photos")], tmp_path / "run"
     o = train.Degia(data=str(mnist(tmp_path)), unseen=unseen, size=28, train=30)
-    source, labels, domains = data.load_digits(o, tmp_path / "run")
+    source, labels, domains = data.load_digits(o, run)
     assert list(domains) == ["source", "mm", "photos"]
     assert torch.equal(source[:, 0], data.to_uint8(x[:30, 0])) and torch.equal(labels, y[:30])
     assert domains["mm"][1].tolist() == [3, 1, 4] and domains["mm"][0][:, 0, 5, 5].tolist() == [80, 81, 82]
     digit, made = data.to_uint8(x)[:, 0].int(), domains["photos"][0].int()
     assert (made[:, 0] - (255 - digit)).abs().max() <= 1 and torch.equal(made[:, 1], digit)
-    assert len(list((tmp_path / "run").iterdir())) == 1  # the cache, and nothing partial
+    assert len(list(run.iterdir())) == 1  # the cache, and nothing partial
+    (pair_folder(tmp_path) / "test").rename(tmp_path / "unused")  # then the training pairs take its place
+    pairs, reading = data.load_pairs(train.Reg(data=str(tmp_path), height=20, width=24), run)
+    A, B, points = pairs["test"].A, pairs["train"].B, pairs["train"].points
+    assert A.shape == (4, 3, 20, 24) and B.shape == (4, 1, 20, 24) and reading["B"][2] < 65535
+    assert torch.corrcoef(torch.stack([A.float().mean(1).flatten(), B.float().flatten()]))[0, 1] > .7
+    same(points[:2, 0], torch.tensor([[3, 4, 2.25, 2.75], [23, 19, -.25, -.25]]), 1e-5)
+    assert points[2:].isnan().all()
 
-# ---------------------------------------------------------------- the script
+def test_augmentation_keeps_the_relation_of_a_pair():
+    """Both are flipped and cropped alike; only `deform` moves A against B."""
+    I = bumpy(20, 24).float().expand(8, -1, -1, -1)
+    (a, b), (c, d) = (data.augment(I, I, .3, deform, torch.Generator().manual_seed(0)) for deform in (0, .1))
+    assert torch.equal(a, b) and torch.equal(b, d) and (a - I).abs().mean() > .02 < (c - a).abs().mean()
 
 def main(words, out):
     """Runs `train.py WORDS --out OUT`; the checkpoint that it leaves, with the `results` of a whole run."""
@@ -287,42 +288,39 @@ def test_a_run_equals_one_that_was_resumed_and_one_of_two_processes(tiny, tmp_pa
     two = evaluation.load_checkpoint(runs[2])
     for name in "MF" if tiny == DEGIA else "RTD":
         same(whole["state"][name], two["state"][name], 3e-4)
-    if tiny == DEGIA:
-        assert torch.equal(whole["extra"]["source"], two["extra"]["source"])
-        assert (whole["extra"]["x"].int() - two["extra"]["x"].int()).abs().float().mean() < .5
+    for name, t in whole["extra"].items():
+        assert (t.double() - two["extra"][name].double()).abs().mean() < .5
 
-def test_the_last_good_checkpoint_survives_a_kill_a_wrong_command_and_a_loss_that_is_not_finite(tmp_path):
+def test_the_last_good_checkpoint_survives_a_kill_a_wrong_command_and_a_bad_loss(tmp_path, monkeypatch):
     """Killed half way through a write, started twice, resumed with other options: none costs the run."""
     main(f"{DEGIA} --steps 8 --stop-after 4", tmp_path)
     path = tmp_path / "checkpoint.pt"
     before = path.read_bytes()
-    code = ("import os, torch, train\n"
-            "torch.save = lambda content, path: (path.write_bytes(b'half'), os.kill(os.getpid(), 9))\n"
-            f"train.main(['degia', '--resume', '--out', {str(tmp_path)!r}])")
-    killed = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True)
-    assert killed.returncode == -9 and (tmp_path / "checkpoint.part").read_bytes() == b"half"
-    for words, message in (("degia", "--resume or choose another"), ("reg --resume", "not of `reg`"),
-                           ("degia --resume --steps 9", "another --steps")):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", lambda _, file: (file.write_bytes(b"half"), os.kill(os.getpid(), 2)))
+        main("degia --resume", tmp_path)
+    assert (tmp_path / "checkpoint.part").read_bytes() == b"half"
+    def refuses(words, message, out=tmp_path):
         with pytest.raises(ValueError, match=message):
-            main(words, tmp_path)
+            main(words, out)
+    refuses("degia", "--resume or choose another")
+    refuses("reg --resume", "not of `reg`")
+    refuses("degia --resume --steps 9", "another --steps")
     assert path.read_bytes() == before and evaluation.load_checkpoint(tmp_path)["step"] == 4
     assert main("degia --resume", tmp_path)["step"] == 8
     for write in (lambda: path.write_bytes(b"text"), lambda: torch.save({"model": torch.zeros(1)}, path)):
         write()  # a file of another program
-        with pytest.raises(ValueError, match="not a checkpoint"):
-            main("degia --resume", tmp_path)
-    with pytest.raises(ValueError, match=r"step \d+: loss task is (nan|inf)"):
-        main(f"{DEGIA} --steps 8 --method pure --lr 1e30", tmp_path / "nan")
+        refuses("degia --resume", "not a checkpoint")
+    refuses(f"{DEGIA} --steps 8 --method pure --lr 1e30", "loss task is (nan|inf)", tmp_path / "nan")
     assert evaluation.load_checkpoint(tmp_path / "nan")["step"] == 0
 
 def test_short_runs_learn(tmp_path):
     """Sixty steps of the stand-alone CNN read most digits; R brings plants closer than doing nothing."""
-    words = "degia --method pure --train 1000 --steps 60 --size 20 --lr 1e-3"
-    results = main(words, tmp_path / "d")["results"]
+    results = main("degia --method pure --train 999 --steps 60 --size 20", tmp_path / "d")["results"]
     assert results["domains"]["source"]["accuracy"] > 80 and "bits_per_dim" not in results
-    results = main("reg --train 100 --steps 160 --gan 0", tmp_path / "r")["results"]
-    before, after = (results[when]["scene"] for when in ("unregistered", "registered"))
-    assert after < .95 * before and results["folding"] < .02
+    results = main("reg --train 100 --steps 160 --gan 0 --smooth 100", tmp_path / "r")["results"]
+    assert results["registered"]["scene"] < .95 * results["unregistered"]["scene"]
+    assert results["folding"] < .02
 
 def test_each_phase_of_registration_moves_its_own_networks(tmp_path, monkeypatch):
     """(1) leaves no gradient in R and T; (2) leaves D's as it was."""
@@ -337,17 +335,21 @@ def test_each_phase_of_registration_moves_its_own_networks(tmp_path, monkeypatch
     assert len(at_step) == 3 and all(map(torch.equal, grads(opt_D), grads_D))
 
 @pytest.mark.parametrize("message,words", {  # the words are made in an empty folder t
-    "none: no such folder": lambda t: f"degia --data {t}/none",
+    "none: holds no image": lambda t: f"degia --train 60 --unseen {t}/none",
     "no train-images-idx3-ubyte": lambda t: f"degia --data {t}",
-    "idx3-ubyte.gz: truncated": lambda t: f"degia --data {mnist(t, cut=-9)}",
-    "label 11 .* outside 0-9": lambda t: f"degia --data {mnist(t, label=11)}",
-    "not an IDX file": lambda t: f"degia --data {mnist(t, swap=True)}",
+    "idx3-ubyte.gz: damaged": lambda t: f"degia --data {mnist(t, cut=-9)}",
+    "labels up to 11": lambda t: f"degia --data {mnist(t, label=11)}",
     "--train 41": lambda t: f"degia --data {mnist(t)} --train 41",
-    "1.png: not a readable": lambda t: f"degia --data {mnist(t)} --train 20 --unseen {mnist_m(t, cut=60)}",
     "labels.txt, line 2": lambda t: f"degia --data {mnist(t)} --train 20 --unseen {mnist_m(t, '3 x')}",
     "--beta 2.0: must be from 0.0001 to 1": lambda t: "degia --beta 2",
     "--flow-size 6: not a multiple of 4": lambda t: "degia --train 60 --flow-size 6",
     "checkpoint.pt: no such checkpoint": lambda t: "reg --resume",
+    "train/A: holds no image": lambda t: f"reg --data {t}",
+    "A/a9.png: no partner": lambda t: f"reg --data {pair_folder(t, spoil=('A/a9.png', b''))}",
+    "B/a1.png: not a readable": lambda t: f"reg --data {pair_folder(t, spoil=('B/a1.png', b'PNG'))}",
+    "line 2: .*99.* inside": lambda t: f"reg --data {pair_folder(t, 'a0,3,4,5,99')}",
+    "line 3: .*x,4": lambda t: f"reg --data {pair_folder(t, 'a0,1,2,3,4 a1,1,2,x,4')}",
+    "first line must be": lambda t: f"reg --data {pair_folder(t, spoil=('landmarks.csv', b'x,y'))}",
 }.items())
 def test_bad_input_gets_one_clear_line_and_writes_nothing(message, words, tmp_path, monkeypatch, capsys):
     """It names the file or the value, exits with 2, and no run folder is left behind."""
@@ -358,24 +360,35 @@ def test_bad_input_gets_one_clear_line_and_writes_nothing(message, words, tmp_pa
     assert stop.value.code == 2 and len(lines) == 1 and re.search(message, lines[0])
     assert not (tmp_path / "run").exists()
 
+def printed(capsys, *words):
+    capsys.readouterr()
+    evaluation.main([str(word) for word in words])
+    return capsys.readouterr().out
+
 def test_eval_repeats_the_numbers_and_new_samples_keep_the_label_of_their_source(tmp_path, capsys):
     """`eval.py RUN` prints results.json, --images a digit a file; a tiny eta leaves samples near."""
-    def printed(*words):
-        capsys.readouterr()
-        evaluation.main([str(tmp_path), *map(str, words)])
-        return capsys.readouterr().out
     run = main(f"{DEGIA} --steps 8 --eta .01", tmp_path)
     x_src, _, _ = data.load_digits(train.Degia(size=16, train=60), tmp_path)
     apart = (run["extra"]["x"][:, None].float() - x_src[None].float()).square().mean((2, 3, 4))
     assert torch.equal(apart.argmin(1), run["extra"]["source"])
-    table = printed()
+    table = printed(capsys, tmp_path)
     for name, numbers in run["results"]["domains"].items():
         assert re.search(rf"{name} +accuracy +{numbers['accuracy']:.3f}", table)
     Image.new("L", (40, 30), 200).save(tmp_path / "mine.png")
-    assert re.search(r"mine.png: \d", printed("--images", tmp_path / "mine.png"))
+    assert re.search(r"mine.png: \d", printed(capsys, tmp_path, "--images", tmp_path / "mine.png"))
     assert (tmp_path / "images.png").exists()
-    share = float(re.search(r"read as their class: ([\d.]+) %", printed("--judge", tmp_path))[1])
-    assert 0 <= share <= 30  # neither network has learned anything in eight steps
+
+def test_eval_aligns_the_users_pair_at_full_size(tmp_path, capsys):
+    """The written image is A resampled by the written field, at B's size; the table is that of the run."""
+    folder, run = pair_folder(tmp_path / "pairs"), tmp_path / "run"
+    results = main(f"{REG} --data {folder} --steps 2", run)["results"]
+    assert re.search(rf" registered +scene +{results['registered']['scene']:.3f}", printed(capsys, run))
+    printed(capsys, run, "--images", folder / "test/A/a1.png", folder / "test/B/a1.png")
+    phi = torch.from_numpy(np.load(run / "a1_field.npy"))[None]
+    A, aligned = (data.as_tensor(data.open_image(path), (40, 48)).float()
+                  for path in (folder / "test/A/a1.png", run / "a1_aligned.png"))
+    assert phi.shape == (1, 2, 40, 48) and (run / "a1_overlay.png").exists()
+    assert (aligned - warp.resample(A[None], phi)[0])[:, 2:-2, 2:-2].abs().mean() < 2
 
 BLOCKS = "".join(re.findall(r"```(?:bash)?\n(.*?)```", (HERE / "README.md").read_text(), re.S))
 COMMANDS = re.findall(r"^[^#\n]*?\b(train|eval)\.py\b([^#\n]*)", BLOCKS.replace("\\\n", " "), re.M)

@@ -1,52 +1,42 @@
 """Train DeGIA or the geometry-preserving registration. The two loops come first: read them beside the papers.
 
     python train.py degia                                            embedded digits, nothing downloaded
-    python train.py degia --data mnist --download --unseen photos    MNIST -> MNIST-M made from photographs
+    python train.py degia --data mnist --unseen photos               MNIST -> MNIST-M made from photographs
     python train.py reg                                              embedded plants, RGB to infrared
     torchrun --nproc_per_node=2 train.py reg                         several GPUs or processes
 All that is random in step k is drawn for the whole batch from a generator seeded by (seed, k): so a resumed
 run needs no random state, and N processes equal one.
 """
-import argparse
-import dataclasses
-import json
-import os
-import time
+import argparse, dataclasses, json, os, time
 from dataclasses import dataclass, field
 from pathlib import Path
-
 import torch
 import torch.distributed as dist
-
-import data
-import degia
+import data, degia, geomreg, warp
 import eval as evaluation
-import geomreg
-import warp
 from flows import NOISE_DIM, bits_per_dim
 
-LOOKS = tuple(data.LOOKS)
+SIMILARITIES = ("translation", "ncc", "ncc-edges", "ssim-edges")
+ORDERS = ("both", "register-first", "translate-first")
 ASCENT_BATCH = 256  # at most so many images of a class ascend together; P_x of eq. (7) is theirs
 
 # ---------------------------------------------------------------- DeGIA: the min/max loop
-
 def train_degia(o, run):
     """Minimize (5) over M and F on a growing training set; maximize (7) over images, which grows it."""
     x_src, y_src, domains = data.load_digits(o, run.folder)
     x_src, y_src = x_src.to(run.device), y_src.to(run.device)
-    M, F = run.networks(degia.build, o)
-    opt_M, opt_F = (torch.optim.Adam(net.parameters(), fused=True) for net in (M, F))
+    M, F = map(run.compute.place, degia.build(o))
+    opt_M, opt_F = (torch.optim.Adam(*player, fused=True)
+                    for player in ((M.parameters(), o.lr), (F.parameters(), o.flow_lr)))
     pool = {"x": x_src[:0], "source": y_src[:0]}  # new samples, and which image each one started from
     run.start({"M": M, "F": F, "opt_M": opt_M, "opt_F": opt_F}, pool)
-    train_M, train_F = o.method != "flow", o.method in ("degia", "flow")
-    ascends = o.method in ("degia", "ada")
-    rounds = {round(o.steps * (i + 1) / (o.rounds + 2)) for i in range(o.rounds) if ascends}
+    train_M, train_F = (name in degia.TRAINED[o.method] for name in "MF")
+    rounds = o.rounds if o.method in ("degia", "ada") else 0
+    rounds = {round(o.steps * (i + 1) / (o.rounds + 2)) for i in range(rounds)}
     first = degia.flow_view(run.compute.images(x_src[:512]), F.shape)
     F.initialise(first, torch.rand(first.shape, generator=run.generator(0, 2), device=run.device))
 
     for step in range(run.step, o.steps):
-        run.set_rates(step, {opt_M: o.lr, opt_F: o.flow_lr})
-
         # ---- maximization, eq. (7): ORIGINAL images climb to new samples of plausible new domains
         if step in rounds:
             picked = torch.randperm(len(x_src), generator=run.generator(step, 1), device=run.device)
@@ -77,10 +67,11 @@ def train_degia(o, run):
                 log_p = F.log_prob(degia.flow_view(x, F.shape), y, u[run.mine], shift)
             losses["bits_per_dim"] = bits_per_dim(log_p, F.dim).mean()
             run.descend((-log_p / F.dim).mean(), {opt_F: F}, clip=10.)
-        if not run.end_step(step, losses, save=step in rounds):
+        if not run.end_step(losses, save=step in rounds):
             return
     if run.rank == 0:
-        run.finish({"method": o.method}, evaluation.evaluate_degia(o, run.compute, M, F, domains, run.folder))
+        run.finish({"method": o.method}, evaluation.evaluate_degia(
+            run.compute, M if train_M else None, F if train_F else None, domains, run.folder))
 
 def new_samples(o, run, step, M, F, x_src, y_src):
     """The max phase: K steps of ascent on (7) from each image, class by class, as d compares single classes.
@@ -110,24 +101,22 @@ def new_samples(o, run, step, M, F, x_src, y_src):
     return new
 
 # ---------------------------------------------------------------- registration: the dual-flow loop
-
 def train_reg(o, run):
     """One field, two orders, translate-register and register-translate: both must look like I_b, eq. (6)."""
-    pairs = data.load_pairs(o)
-    A, B = (images.to(run.device) for images in (pairs["train"].A, pairs["train"].B))
-    R, T, D = run.networks(geomreg.build, o, (A.shape[1], B.shape[1]))
-    opt_R, opt_T, opt_D = (torch.optim.Adam(net.parameters(), betas=(.5, .999), fused=True)
-                           for net in (R, T, D))
-    run.start({"R": R, "T": T, "D": D, "opt_R": opt_R, "opt_T": opt_T, "opt_D": opt_D}, {})
+    pairs, reading = data.load_pairs(o, run.folder)
+    A, B = pairs["train"].A, pairs["train"].B
+    A, B = (I.to(run.device) if I.numel() < 2 ** 28 else I for I in (A, B))  # large ones stay memory maps
+    R, T, D = map(run.compute.place, geomreg.build(o, (A.shape[1], B.shape[1])))
+    opt_R, opt_T, opt_D = (torch.optim.Adam(N.parameters(), o.lr, (.5, .999), fused=True) for N in (R, T, D))
+    extra = {side: torch.tensor(how, dtype=torch.float64) for side, how in reading.items()}
+    run.start({"R": R, "T": T, "D": D, "opt_R": opt_R, "opt_T": opt_T, "opt_D": opt_D}, extra)
     translation = o.similarity == "translation"
 
     for step in range(run.step, o.steps):
-        run.set_rates(step, {opt_R: o.lr, opt_T: o.lr, opt_D: o.lr})
         g, losses, progress = run.generator(step), {}, step / o.steps
-        picked = torch.randint(len(A), (o.batch,), generator=g, device=run.device)
-        flip = torch.rand(o.batch, 1, 1, 1, generator=g, device=run.device) < .5  # both or none: still a pair
-        I_a, I_b = (run.compute.images(I[picked]) * 2 - 1 for I in (A, B))
-        I_a, I_b = (torch.where(flip, I.flip(3), I)[run.mine] for I in (I_a, I_b))
+        picked = torch.randint(len(A), (o.batch,), generator=g, device=run.device).to(A.device)
+        I_a, I_b = data.augment(*(run.compute.images(I[picked]) * 2 - 1 for I in (A, B)), o.crop, o.deform, g)
+        I_a, I_b = I_a[run.mine], I_b[run.mine]
         with run.compute.autocast():
             phi = R(I_a, I_b)
         moved, fakes = warp.resample(I_a, phi), ()
@@ -150,33 +139,34 @@ def train_reg(o, run):
             with run.compute.autocast():
                 losses["gan"] = sum(geomreg.adversarial(D(I_a, O), True) for O in fakes)
             D.requires_grad_(True)
-        scales = o.scales if progress < .35 else min(2, o.scales)  # far matches first, then precise ones
-        stiff = o.smooth * min(1., .4 + 3 * progress)  # a field that is stiff at once never begins to move
+        scales = o.scales if progress < .2 else min(2, o.scales)  # far matches first, then precise ones
+        stiff = o.smooth * min(1., .1 + 3 * progress)  # a field that is stiff at once never begins to move
         losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
-        if translation:
-            losses["recon"] = sum(geomreg.distance(O, I_b, o.window, scales) for O in fakes)
-        else:
-            losses["recon"] = geomreg.dissimilarity(o.similarity, moved, I_b, o.window, scales)
+        measure, seen = (o.match, fakes) if translation else (o.similarity, (moved,))
+        distances = [geomreg.distance(measure, I, I_b, o.window, scales) for I in seen]
+        losses["recon"] = 2 * sum(distances) / len(distances)  # a single order pulls as hard as two
         if translation and o.practice:  # not in the paper: find a known field between A and T's picture of it
-            known = warp.random_field(o.batch, I_a.shape[-2:], .06 * o.size, .05 * o.size, g)[run.mine]
+            known = warp.random_field(o.batch, I_a.shape[-2:], *data.MISALIGNED, g)[run.mine]
             light = torch.randn(2, o.batch, 1, 1, 1, generator=g, device=run.device)[:, run.mine]
             picture = warp.resample(T_a.detach(), known, "border") * (1 + .3 * light[0]) + .2 * light[1]
             with run.compute.autocast():
                 guess = R(I_a, picture)
-            losses["practice"] = torch.linalg.vector_norm(guess - known, dim=1).mean() / o.size
+            losses["practice"] = warp.length(guess - known).mean() / o.width
         weights = {"gan": o.gan, "recon": o.recon, "smooth": stiff, "practice": o.practice}
         run.descend(sum(weight * losses[name] for name, weight in weights.items() if name in losses),
                     {opt_R: R, opt_T: T} if translation else {opt_R: R})
-        if not run.end_step(step, losses):
+        if run.rank == 0 and step % max(1, o.steps // 5) == 0:
+            evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
+        if not run.end_step(losses):
             return
     if run.rank == 0:
         run.finish({"order": o.order, "similarity": o.similarity},
                    evaluation.evaluate_reg(run.compute, R, pairs, run.folder))
 
 # ---------------------------------------------------------------- options
-
-def option(default, text, low=None, high=float("inf"), choices=None, paper=None):
-    """A field of an options dataclass: default, help line, allowed range or choices, the paper's value."""
+def option(default, text, low=None, high=float("inf"), paper=None):
+    """A field of an options dataclass: default, help line, allowed range or tuple, the paper's value."""
+    choices, low = (low, None) if isinstance(low, tuple) else (None, low)
     about = {"help": text, "low": low, "high": high, "choices": choices, "paper": paper}
     return field(default_factory=lambda: default, metadata=about)
 
@@ -184,17 +174,15 @@ def option(default, text, low=None, high=float("inf"), choices=None, paper=None)
 class Common:
     out: str = option("", "run folder; if not given, runs/ and the task")
     seed: int = option(0, "seed of the data, the networks and every step", 0, 400_000)
-    dtype: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "bf16", "f32"))
+    dtype: str = option("auto", "auto: bf16 where it is fast", ("auto", "bf16", "f32"))
     stop_after: int = option(0, "stop early on purpose after this many steps; 0: do not", 0)
 
 @dataclass
 class Degia(Common):
-    method: str = option("degia", "the paper's; the stand-alone CNN; the ascent without F; F alone",
-                         choices=("degia", "pure", "ada", "flow"))
+    method: str = option("degia", "the paper's; a CNN alone; ascent without F; F alone", tuple(degia.TRAINED))
+    look: str = option("source", "look of the training digits", tuple(data.LOOKS))
     data: str = option("embedded", "'embedded' or a folder with MNIST")
     unseen: list = option([], "folders measured at the end: MNIST-M, or photographs to make it from")
-    look: str = option("source", "look of the training digits", choices=LOOKS)
-    download: bool = option(False, "fetch the MNIST files that --data lacks")
     validate: bool = option(False, "to choose settings: measure on held-out digits and development looks")
     train: int = option(10_000, "number of training images", 10)
     size: int = option(32, "side of the images", 16)
@@ -206,42 +194,42 @@ class Degia(Common):
     beta: float = option(.2, "share of the training images that a max phase starts from", 1e-4, 1, paper=.2)
     K: int = option(5, "ascent steps of a max phase", 1)
     eta: float = option(.4, "largest root mean square change of an ascent step; each image draws its own", 0)
-    blur: int = option(5, "side of the mean that smooths the ascent's gradient", choices=(1, 3, 5, 7, 9))
+    blur: int = option(5, "side of the mean that smooths the ascent's gradient", (1, 3, 5, 7, 9))
     alpha: float = option(1., "weight of the two distances in (7)", 0, paper=1.)
     density: float = option(1., "weight of -log p in (7)", 0)
     gamma: float = option(1., "scale of the class means in (8)", 0)
     lam: float = option(.1, "scale lambda of the noise shift in (8)", 0, paper=.1)
     flow_size: int = option(8, "side of the image that F sees", 4)
-    flow_channels: int = option(3, "3: F sees colours; 1: their mean", choices=(1, 3))
+    flow_channels: int = option(3, "3: F sees colours; 1: their mean", (1, 3))
     flow_steps: int = option(4, "couplings per scale of F", 1)
-    flow_hidden: int = option(64, "channels inside a coupling", 1)
 
 @dataclass
 class Reg(Common):
-    modality: str = option("ir", "B of the embedded plants", choices=("ir", "depth"))
-    train: int = option(2000, "number of embedded training pairs", 1)
-    size: int = option(64, "side of the images", 16, paper=256)
-    similarity: str = option("translation", "what R learns from: T (the paper), or a classical measure",
-                             choices=("translation", "ncc", "ncc-edges"))
-    order: str = option("both", "which compositions of T and R_S are trained",
-                        choices=("both", "register-first", "translate-first"))
-    steps: int = option(1300, "training steps", 1)
+    data: str = option("embedded", "'embedded' or a folder with pairs: train/A, train/B, test/A, test/B")
+    modality: str = option("ir", "B of the embedded plants", ("ir", "depth"))
+    train: int = option(3000, "number of embedded training pairs", 1)
+    width: int = option(64, "width of the images", 8, paper=256)
+    height: int = option(64, "height of the images", 8, paper=256)
+    crop: float = option(0., "augmentation: largest share of a pair that is cut off", 0, .9)
+    deform: float = option(0., "augmentation: bend of one more random field of A, share of its size", 0, .5)
+    registration: str = option("pyramid", "R: coarse to fine, or paper's", ("pyramid", "unet"), paper="unet")
+    similarity: str = option("translation", "what R learns from: T, or a classical measure", SIMILARITIES)
+    order: str = option("both", "which compositions of T and R_S are trained", ORDERS)
+    steps: int = option(2000, "training steps", 1)
     batch: int = option(16, "pairs per step, over all processes", 1, paper=12)
     lr: float = option(2e-3, "learning rate; linear to 0 over the second half", 0, paper=1e-4)
     gan: float = option(.2, "weight of the adversarial loss; 0: no D", 0, paper=1.)
     recon: float = option(20., "weight of L_recon, or of the classical measure", 0, paper=100.)
-    smooth: float = option(200., "weight lambda_S of the smoothness", 0, paper=200.)
+    smooth: float = option(400., "weight lambda_S of the smoothness", 0, paper=200.)
     alpha: float = option(1., "how much the field may bend at edges, eq. (3)", 0, paper=1.)
-    window: int = option(5, "side of the windows of local correlation; 0: L1", choices=(0, 5, 7, 9), paper=0)
+    match: str = option("correlation", "what L_recon compares by", ("correlation", "l1"), paper="l1")
+    window: int = option(5, "side of the windows of correlation and SSIM", (5, 7, 9))
     scales: int = option(4, "image scales that are compared: 1, 1/2, 1/4, ...", 1, 6, paper=1)
     practice: float = option(50., "weight of R's practice on T's pictures moved by known fields", 0, paper=0.)
-    R_width: int = option(24, "channels of R", 2)
-    R_levels: int = option(3, "halvings of R", 1, 8)
+    R_width: int = option(24, "channels of R", 2, paper=32)
     T_width: int = option(24, "channels of T", 1, paper=64)
-    T_downs: int = option(0, "halvings of T", 0, 5, paper=2)
-    T_blocks: int = option(0, "residual blocks of T", 0, paper=9)
+    T_blocks: int = option(0, "residual blocks of T, at 1/4 of the size; 0: two convolutions", 0, paper=9)
     D_width: int = option(16, "channels of D", 1, paper=64)
-    D_layers: int = option(2, "halvings of D", 1, 6, paper=3)
 
 def flag(name):
     return "--" + name.replace("_", "-")
@@ -262,16 +250,15 @@ def parse(argv):
                              help=f"{about['help']} (default {f.default_factory()}{paper})")
     given = vars(parser.parse_args(argv))
     task, resume, paper = (given.pop(name) for name in ("task", "resume", "paper"))
-    fields = {f.name: f.metadata for f in dataclasses.fields(TASKS[task][0])}
-    stated = {name: m["paper"] for name, m in fields.items() if paper and m["paper"] is not None}
+    about = {f.name: f.metadata for f in dataclasses.fields(TASKS[task][0])}
+    stated = {name: m["paper"] for name, m in about.items() if paper and m["paper"] is not None}
     o = TASKS[task][0](**{"out": f"runs/{task}", **stated, **given})
-    for name, m in fields.items():
+    for name, m in about.items():
         if m["low"] is not None and not m["low"] <= getattr(o, name) <= m["high"]:
             raise ValueError(f"{flag(name)} {getattr(o, name)}: must be from {m['low']} to {m['high']}")
     return o, resume, given
 
 # ---------------------------------------------------------------- one run: processes, log, checkpoint
-
 class Run:
     """What a run computes on and what it leaves behind: processes, device, log, checkpoint."""
     def __init__(self, o, checkpoint):
@@ -282,36 +269,15 @@ class Run:
         self.mine = slice(self.rank, None, self.world)  # this process's rows of a batch
         self.compute = evaluation.Compute(o.dtype)
         self.device = self.compute.device
+        torch.manual_seed(o.seed)  # for the networks' first values
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         begun = checkpoint or {"step": 0, "seconds": 0., "log": []}
-        self.step = self.first_step = begun["step"]
-        self.rows, self.history = begun["log"], []  # lines of log.csv; losses since the last of them
-        self.resumed = self.saved = time.time()
-        self.began = self.resumed - begun["seconds"]
+        self.step, self.rows, self.history, self.saved = begun["step"], begun["log"], [], time.time()
+        self.began = self.saved - begun["seconds"]
     def generator(self, step, stream=0):
         """The source of all that is random in a step; streams: 0 its batch, 1 its max phase, 2 the start."""
         return torch.Generator(self.device).manual_seed((self.o.seed * 10 ** 8 + step) * 4 + stream)
-    def networks(self, build, *arguments):
-        """build(*arguments) from the run's seed, on its device."""
-        torch.manual_seed(self.o.seed)
-        return [net.to(self.device, memory_format=torch.channels_last) for net in build(*arguments)]
-    def set_rates(self, step, rates):
-        """Learning rates {optimizer: rate}: constant, then linear to 0 over the second half."""
-        for optimizer, rate in rates.items():
-            optimizer.param_groups[0]["lr"] = rate * min(1., 2 - 2 * step / self.o.steps)
-    def descend(self, loss, players, clip=None):
-        """A step of each optimizer of {optimizer: network}; gradients are averaged over the processes."""
-        for optimizer in players:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer, net in players.items():
-            for p in net.parameters() if self.world > 1 else ():
-                dist.all_reduce(p.grad)
-                p.grad /= self.world
-            if clip:
-                torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
-            optimizer.step()
     def start(self, parts, extra):
         """Load the checkpoint, if any, into networks, optimizers and `extra` tensors; make the run folder."""
         self.parts, self.extra = parts, extra
@@ -326,38 +292,47 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.o), indent=1) + "\n")
             self.save()
-    def end_step(self, step, losses, save=False):
-        """Log, check and save when it is time; False if the run is to stop before its end."""
-        self.step = step + 1
+    def descend(self, loss, players, clip=None):
+        """A step of each optimizer of {optimizer: network}; gradients are averaged over the processes."""
+        for optimizer in players:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer, net in players.items():
+            for p in net.parameters() if self.world > 1 else ():
+                dist.all_reduce(p.grad)
+                p.grad /= self.world
+            if clip:
+                torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
+            decay = min(1., 2 - 2 * self.step / self.o.steps)  # constant, then linear to 0
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * decay
+            optimizer.step()
+    def end_step(self, losses, save=False):
+        """Log means, check and save when it is time; False if the run is to stop before its end."""
+        self.step += 1
         self.history.append(torch.stack([value.detach() for value in losses.values()]))
         stop = self.step == self.o.stop_after
         save = save or stop or self.step == self.o.steps
-        if save or self.step % max(1, min(50, self.o.steps // 100)) == 0:
-            self.log(list(losses))
-            if self.rank == 0 and (save or time.time() - self.saved > 60):
-                self.save()
-        if stop and self.rank == 0:
-            print(f"stopped after step {self.step} as --stop-after asks; go on with --resume")
-        return not stop
-    def log(self, names):
-        """A line on the screen and in log.csv: means since the last. ValueError if one is not finite."""
-        values = torch.stack(self.history).float()
+        if not save and self.step % max(1, min(50, self.o.steps // 100)):
+            return True
+        values, names, self.history = torch.stack(self.history).float(), list(losses), []
         if self.world > 1:
             dist.all_reduce(values)
         values = values.cpu() / self.world
         for row, column in torch.nonzero(~values.isfinite()).tolist():
             raise ValueError(f"step {self.step - len(values) + row + 1}: loss {names[column]} is "
                              f"{values[row, column]}; lower its learning rate and start again")
-        self.history, now = [], time.time()
-        if self.rank:
-            return
-        row = {"step": self.step, **dict(zip(names, values.mean(0).tolist())), "seconds": now - self.began}
-        self.rows.append(row)
-        lines = [",".join(row), *(",".join(f"{value:.6g}" for value in row.values()) for row in self.rows)]
-        (self.folder / "log.csv").write_text("\n".join(lines) + "\n")
-        left = (now - self.resumed) / (self.step - self.first_step) * (self.o.steps - self.step)
-        print(f"step {self.step:6d}/{self.o.steps}  " + "  ".join(f"{n} {row[n]:8.4f}" for n in names)
-              + f"  {row['seconds']:6.0f} s  {left:6.0f} s left", flush=True)
+        if self.rank == 0:
+            means, seconds = dict(zip(names, values.mean(0).tolist())), time.time() - self.began
+            self.rows.append({"step": self.step, **means, "seconds": seconds})
+            evaluation.write_csv(self.rows, self.folder / "log.csv")
+            print(f"step {self.step:6d}/{self.o.steps}  "
+                  + "  ".join(f"{name} {value:8.4f}" for name, value in means.items()) + f"  {seconds:6.0f} s"
+                  f"  {seconds * (self.o.steps / self.step - 1):6.0f} s left", flush=True)
+            if save or time.time() - self.saved > 60:
+                self.save()
+            if stop:
+                print(f"stopped after step {self.step} as --stop-after asks; go on with --resume")
+        return not stop
     def save(self):
         """Write the checkpoint under a temporary name, then move it: at any moment there is a whole one."""
         self.saved = time.time()
@@ -390,10 +365,6 @@ def main(argv):
         o = type(o)(**{**checkpoint["config"], "out": o.out, "stop_after": o.stop_after})
     elif (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
-    if getattr(o, "download", False):
-        if o.data == "embedded":
-            raise ValueError("--download: into which folder? name it with --data")
-        data.download_mnist(o.data)
     TASKS[task][1](o, Run(o, checkpoint))
     if dist.is_initialized():
         dist.destroy_process_group()
