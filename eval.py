@@ -177,7 +177,7 @@ def picture_pairs(phi, I_a, I_b, path):
     """Write A, B, A registered, the field, and B with the edges of A before and after: a column per pair."""
     def overlay(image, outline):
         edge = geomreg.edges(outline) + 1
-        edge = (3 * edge / edge.amax((2, 3), keepdim=True).clamp_min(1e-6) - .7).clamp(0, 1)
+        edge = (edge / edge.flatten(1).quantile(.9, 1).clamp_min(1e-6).view(-1, 1, 1, 1) - .7).clamp(0, 1)
         red = torch.tensor([1., .1, .1]).to(edge).view(1, 3, 1, 1)
         return torch.lerp(image.mean(1, keepdim=True) / 4 + .5, red, edge)
 

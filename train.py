@@ -154,7 +154,7 @@ def train_reg(o, run):
             losses["practice"] = warp.length(guess - known).mean() / o.width
         weights = {"gan": o.gan, "recon": o.recon, "smooth": stiff, "practice": o.practice}
         run.descend(sum(weight * losses[name] for name, weight in weights.items() if name in losses),
-                    {opt_R: R, opt_T: T} if translation else {opt_R: R})
+                    {opt_R: R, opt_T: T} if translation else {opt_R: R}, clip=10.)
         if run.rank == 0 and step % max(1, o.steps // 5) == 0:
             evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
         if not run.end_step(losses):
@@ -217,17 +217,17 @@ class Reg(Common):
     order: str = option("both", "which compositions of T and R_S are trained", ORDERS)
     steps: int = option(2000, "training steps", 1)
     batch: int = option(16, "pairs per step, over all processes", 1, paper=12)
-    lr: float = option(2e-3, "learning rate; linear to 0 over the second half", 0, paper=1e-4)
+    lr: float = option(3e-3, "learning rate; linear to 0 over the second half", 0, paper=1e-4)
     gan: float = option(.2, "weight of the adversarial loss; 0: no D", 0, paper=1.)
     recon: float = option(20., "weight of L_recon, or of the classical measure", 0, paper=100.)
     smooth: float = option(400., "weight lambda_S of the smoothness", 0, paper=200.)
     alpha: float = option(1., "how much the field may bend at edges, eq. (3)", 0, paper=1.)
-    match: str = option("correlation", "what L_recon compares by", ("correlation", "l1"), paper="l1")
+    match: str = option("correlation", "what L_recon compares by", tuple(geomreg.MEASURES), paper="l1")
     window: int = option(5, "side of the windows of correlation and SSIM", (5, 7, 9))
     scales: int = option(4, "image scales that are compared: 1, 1/2, 1/4, ...", 1, 6, paper=1)
     practice: float = option(50., "weight of R's practice on T's pictures moved by known fields", 0, paper=0.)
     R_width: int = option(24, "channels of R", 2, paper=32)
-    T_width: int = option(24, "channels of T", 1, paper=64)
+    T_width: int = option(16, "channels of T", 1, paper=64)
     T_blocks: int = option(0, "residual blocks of T, at 1/4 of the size; 0: two convolutions", 0, paper=9)
     D_width: int = option(16, "channels of D", 1, paper=64)
 
