@@ -254,10 +254,10 @@ def as_tensor(image, size):
 
 def list_images(folder):
     """{stem: path} of the images in a folder, sorted. ValueError if there is none."""
-    found = {p.stem: p for p in sorted(folder.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES}
-    if not found:
-        raise ValueError(f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}); name another")
-    return found
+    files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+    if not files or len(files) != len({p.stem for p in files}):
+        raise ValueError(f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}) or two of one name")
+    return {p.stem: p for p in files}
 
 def cached_images(files, size, cache, reading=(3, 0., 65535.)):
     """The files as a memory map (N,C,H,W) uint8, decoded once, in parallel, into `cache`. Its name is a hash
@@ -303,8 +303,8 @@ def inspect(files):
 def read_landmarks(table, columns, sizes):
     """{stem: rows} of a csv `name,columns`: pixel coordinates as shares of sizes {stem: (width, ...)}."""
     found, lines = {stem: [] for stem in sizes}, table.read_text().splitlines()
-    if not lines or lines[0].replace(" ", "") != f"name,{columns}":
-        raise ValueError(f"{table}: its first line must be name,{columns}; correct it")
+    if len(lines) < 2 or lines[0].replace(" ", "") != f"name,{columns}":
+        raise ValueError(f"{table}: its first line must be name,{columns}, then a line per point; correct it")
     for number, line in enumerate(lines[1:], 2):
         name, *words = line.split(",")
         try:

@@ -162,7 +162,7 @@ def simple_maps(points):
         near = torch.softmax(-torch.cdist(a, P_a).square() / 32, 1)  # the mean field, smoothed
         A = torch.cat([a, torch.ones_like(a[:, :1])], 1)
         guesses = a + near @ (P_b - P_a), a + (b - a).mean(0), A @ (torch.linalg.pinv(A) @ b)
-        errors.append(torch.stack([warp.length((guess - b).T[None])[0].mean() for guess in guesses]))
+        errors.append(torch.stack([(guess - b).norm(dim=1).mean() for guess in guesses]))
     return dict(zip(("mean field", "translation", "affine"), torch.stack(errors).mean(0).tolist()))
 
 def evaluate_reg(compute, R, pairs, folder):
