@@ -4,8 +4,6 @@
     python eval.py runs/degia --data mnist --unseen mnist_m    other data
     python eval.py runs/degia --images a.png b.png             the digit on each of your images
     python eval.py runs/reg                                    landmark errors and pictures again
-
-The networks are rebuilt from the configuration that the checkpoint carries.
 """
 import argparse, os, sys
 from pathlib import Path
@@ -178,14 +176,15 @@ def picture_pairs(phi, I_a, I_b, path):
     def overlay(image, outline):
         edge = geomreg.edges(outline) + 1
         edge = (edge / edge.flatten(1).quantile(.9, 1).clamp_min(1e-6).view(-1, 1, 1, 1) - .7).clamp(0, 1)
-        red = torch.tensor([1., .1, .1]).to(edge).view(1, 3, 1, 1)
+        red = torch.tensor([1., .1, .1]).to(edge).view(3, 1, 1)
         return torch.lerp(image.mean(1, keepdim=True) / 4 + .5, red, edge)
 
     moved, longest = warp.resample(I_a, phi), torch.linalg.vector_norm(phi, dim=1).max().item()
     rows = {"A": I_a / 2 + .5, "B": I_b / 2 + .5, "A registered": moved / 2 + .5,
             f"field, up to {longest:.0f} px": warp.colour_wheel(phi, longest),
             "B, edges of A": overlay(I_b, I_a), "after": overlay(I_b, moved)}
-    grid([list(images[:8]) for images in rows.values()], list(rows), path, max(1, 128 // phi.shape[-1]))
+    scale = max(1, (128 if len(phi) > 1 else 384) // phi.shape[-1])
+    grid([list(images[:8]) for images in rows.values()], list(rows), path, scale)
 
 def print_table(results):
     """The numbers of results.json, a line per domain or set of pairs."""
