@@ -278,7 +278,7 @@ def cached_images(files, size, cache, reading=(3, 0., 65535.)):
             partial.replace(target)
         except BaseException:
             partial.unlink(missing_ok=True)
-            if is_new:
+            if is_new and not list(target.parent.iterdir()):
                 target.parent.rmdir()
             raise
     return torch.from_numpy(np.load(target, mmap_mode="c"))
@@ -308,14 +308,15 @@ def read_landmarks(table, columns, sizes):
     for number, line in enumerate(lines[1:], 2):
         name, *words = line.split(",")
         try:
-            size = sizes[Path(name.strip()).stem]
+            stem = name.strip() if name.strip() in sizes else Path(name.strip()).stem
+            size = sizes[stem]
             place = np.array(words, np.float64).reshape(len(size))
             if not ((place >= -1) & (place <= size)).all():
                 raise ValueError
         except (KeyError, ValueError):
             raise ValueError(f"{table}, line {number}: {line[:60]!r} needs an image of this folder and "
                              f"{columns}, points inside it; correct it") from None
-        found[Path(name.strip()).stem].append((place + .5) / size)
+        found[stem].append((place + .5) / size)
     return found
 
 def load_pairs(o, cache, reading=None):

@@ -155,13 +155,13 @@ def landmark_errors(R, pairs, compute, most=10 ** 6):
 def simple_maps(points):
     """Landmark errors that the mean field, and each pair's best translation and affine map would leave."""
     seen, errors = [p[~p.isnan().any(1)] for p in points], []
-    P_a, P_b = torch.cat(seen).split(2, 1)
-    for a, b in (p.split(2, 1) for p in seen if len(p)):
+    for i, (a, b) in enumerate(p.split(2, 1) for p in seen):
+        P_a, P_b = torch.cat(seen[:i] + seen[i + 1:] or seen).split(2, 1)  # of the other pairs
         near = torch.softmax(-torch.cdist(a, P_a).square() / 32, 1)  # the mean field, smoothed
         A = torch.cat([a, torch.ones_like(a[:, :1])], 1)
         guesses = a + near @ (P_b - P_a), a + (b - a).mean(0), A @ (torch.linalg.pinv(A) @ b)
         errors.append(torch.stack([(guess - b).norm(dim=1).mean() for guess in guesses]))
-    return dict(zip(("mean field", "translation", "affine"), torch.stack(errors).mean(0).tolist()))
+    return dict(zip(("mean field", "translation", "affine"), torch.stack(errors).nanmean(0).tolist()))
 
 def evaluate_reg(compute, R, pairs, folder):
     """Landmark errors of test and (the first 100) training pairs, folding; figure 4 in pairs.png."""
@@ -270,8 +270,8 @@ def parse(argv):
     return parser.parse_args(argv)
 
 def main(argv):
-    args, folder = parse(argv), Path(argv[0])
-    about, o, compute, nets, reading = load_run(folder)
+    args = parse(argv)
+    folder, (about, o, compute, nets, reading) = Path(args.run), load_run(args.run)
     o.data, o.unseen = args.data or o.data, args.unseen or getattr(o, "unseen", [])
     if args.images and "R" in nets:
         align_files(o, compute, nets["R"], reading, args.images, folder)

@@ -151,7 +151,7 @@ def edges(I):
     slopes = nnf.conv2d(nnf.pad(I, (1, 1, 1, 1), "replicate"), torch.stack([sobel, sobel.T])[:, None])
     return 4 * warp.length(slopes)[:, None] - 1
 
-MEASURES = {  # of how little I and J match at each pixel
+MEASURES = {  # of how little I and J match at each pixel; squared where contrast may be inverted
     "l1": lambda I, J, window: (I - J).abs(),
     "correlation": lambda I, J, window: 1 - correlation(I, J, window),
     "ncc": lambda I, J, window: 1 - correlation(I.mean(1, True), J.mean(1, True), window).square(),
@@ -164,5 +164,5 @@ def distance(measure, I, J, window, scales):
     total = 0.
     for _ in range(scales):
         total = total + MEASURES[measure](I, J, window).mean()
-        I, J = nnf.avg_pool2d(I, 2), nnf.avg_pool2d(J, 2)
+        I, J = (nnf.avg_pool2d(x, 2, ceil_mode=True) for x in (I, J))
     return total / scales

@@ -28,7 +28,7 @@ def train_degia(o, run):
     M, F = map(run.compute.place, degia.build(o))
     opt_M, opt_F = (torch.optim.Adam(*player, fused=True)
                     for player in ((M.parameters(), o.lr), (F.parameters(), o.flow_lr)))
-    pool = {"x": x_src[:0], "source": y_src[:0]}  # new samples, and which image each one started from
+    pool = {"x": x_src[:0].clone(), "source": y_src[:0].clone()}  # new samples, their source images
     run.start({"M": M, "F": F, "opt_M": opt_M, "opt_F": opt_F}, pool)
     train_M, train_F = (name in degia.TRAINED[o.method] for name in "MF")
     rounds = o.rounds if o.method in ("degia", "ada") else 0
@@ -133,12 +133,12 @@ def train_reg(o, run):
                 real, *fake = (D(I_a, I.detach()) for I in (I_b, *fakes))
             losses["D"] = geomreg.adversarial(real, True) + geomreg.adversarial(torch.cat(fake), False)
             run.descend(losses["D"], {opt_D: D})
-
-        # ---- (2) min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
-            D.requires_grad_(False)
+            D.requires_grad_(False)  # the fakes' own wish belongs to (2)
             with run.compute.autocast():
                 losses["gan"] = sum(geomreg.adversarial(D(I_a, O), True) for O in fakes)
             D.requires_grad_(True)
+
+        # ---- (2) min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
         scales = o.scales if progress < .2 else min(2, o.scales)  # far matches first, then precise ones
         stiff = o.smooth * min(1., .1 + 3 * progress)  # a field that is stiff at once never begins to move
         losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
@@ -151,7 +151,7 @@ def train_reg(o, run):
             picture = warp.resample(T_a.detach(), known, "border") * (1 + .3 * light[0]) + .2 * light[1]
             with run.compute.autocast():
                 guess = R(I_a, picture)
-            losses["practice"] = warp.length(guess - known).mean() / o.width
+            losses["practice"] = warp.length(guess - known).mean() / o.width  # picture = R_S(T_a, known)
         weights = {"gan": o.gan, "recon": o.recon, "smooth": stiff, "practice": o.practice}
         run.descend(sum(weight * losses[name] for name, weight in weights.items() if name in losses),
                     {opt_R: R, opt_T: T} if translation else {opt_R: R}, clip=10.)
@@ -310,7 +310,7 @@ class Run:
         """Log means, check and save when it is time; False if the run is to stop before its end."""
         self.step += 1
         self.history.append(torch.stack([value.detach() for value in losses.values()]))
-        stop = self.step == self.o.stop_after
+        stop = 0 < self.o.stop_after <= self.step
         save = save or stop or self.step == self.o.steps
         if not save and self.step % max(1, min(50, self.o.steps // 100)):
             return True
