@@ -17,7 +17,6 @@ import eval as evaluation
 from flows import NOISE_DIM, bits_per_dim
 
 SIMILARITIES = ("translation", "ncc", "ncc-edges", "ssim-edges")
-ORDERS = ("both", "register-first", "translate-first")
 ASCENT_BATCH = 256  # at most so many images of a class ascend together; P_x of eq. (7) is theirs
 
 # ---------------------------------------------------------------- DeGIA: the min/max loop
@@ -214,7 +213,7 @@ class Reg(Common):
     deform: float = option(0., "augmentation: bend of one more random field of A, share of its size", 0, .5)
     registration: str = option("pyramid", "R: coarse to fine, or paper's", ("pyramid", "unet"), paper="unet")
     similarity: str = option("translation", "what R learns from: T, or a classical measure", SIMILARITIES)
-    order: str = option("both", "which compositions of T and R_S are trained", ORDERS)
+    order: str = option("both", "which order is trained", ("both", "register-first", "translate-first"))
     steps: int = option(2000, "training steps", 1)
     batch: int = option(16, "pairs per step, over all processes", 1, paper=12)
     lr: float = option(3e-3, "learning rate; linear to 0 over the second half", 0, paper=1e-4)
@@ -367,6 +366,7 @@ def main(argv):
         raise ValueError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
     TASKS[task][1](o, Run(o, checkpoint))
     if dist.is_initialized():
+        dist.barrier()  # gloo now and then aborts a process that leaves while another one works
         dist.destroy_process_group()
 
 TASKS = {"degia": (Degia, train_degia), "reg": (Reg, train_reg)}
