@@ -1,13 +1,6 @@
-"""Measure a trained run, draw its pictures, apply it to your own images.
-
-    python eval.py runs/degia                                  its own data: table and pictures again
-    python eval.py runs/degia --data mnist --unseen mnist_m    other data
-    python eval.py runs/degia --images a.png b.png             the digit on each of your images
-    python eval.py runs/reg                                    landmark errors and pictures again
-"""
+"""Measure a trained run, draw its pictures, apply it to your own images: see `python eval.py --help`."""
 import argparse, os, sys
 from pathlib import Path
-from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -15,10 +8,11 @@ import data, degia, geomreg, warp
 from flows import bits_per_dim
 
 FORMAT = "degia and geomreg, 3"
+ABOUT = ("method", "backbone", "order", "similarity", "seed")  # options that a table of results names
 
 # ---------------------------------------------------------------- pictures
-def grid(rows, labels, path, scale=2, captions=None):
-    """Write rows of images (C,H,W) in [0,1], a label before each row, captions (text, right) under images."""
+def grid(rows, labels, path, scale=2, captions=None, points=None):
+    """Write labelled rows of images (C,H,W) in [0,1], captions (text, right) or green and red points."""
     height, width = (side * scale for side in rows[0][0].shape[-2:])
     margin, step = 10 + 8 * max(map(len, labels)), height + (22 if captions else 4)
     sheet = Image.new("RGB", (margin + max(map(len, rows)) * (width + 4), len(rows) * step), "white")
@@ -27,19 +21,20 @@ def grid(rows, labels, path, scale=2, captions=None):
     for i, (row, label) in enumerate(zip(rows, labels)):
         pen.text((4, i * step + height // 2 - 8), label, "black")
         for j, image in enumerate(row):
-            pixels, x = data.to_uint8(image.expand(3, -1, -1).cpu()), margin + j * (width + 4)
-            picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (x, i * step))
+            x, y = margin + j * (width + 4), i * step
+            pixels = data.to_uint8(image).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+            sheet.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (x, y))
             if captions:
-                word, right = captions[i][j]
-                pen.text((x + 2, i * step + height), word, (0, 110, 0) if right else (200, 0, 0))
+                text, right = captions[i][j]
+                pen.text((x + 2, y + height), text, (0, 110, 0) if right else (200, 0, 0))
+            for colour, dots in zip(((0, 200, 0), (230, 0, 0)), points[i][j] if points else ()):
+                for p_x, p_y in dots:
+                    pen.circle((x + p_x * width, y + p_y * height), 2, colour)
     sheet.save(path)
-
 def write_csv(rows, path):
     """Write rows, dicts with the same keys, with a header."""
     lines = [",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()) for row in rows]
     path.write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
-
 def plot(rows, path, width=460, height=260):
     """Write a panel per column of a log, rows {name: number}, over its `step`, with range and last value."""
     columns = [name for name in rows[0] if name not in ("step", "seconds")]
@@ -47,28 +42,28 @@ def plot(rows, path, width=460, height=260):
     pen = ImageDraw.Draw(sheet)
     pen.font = ImageFont.load_default(13)
     for i, name in enumerate(columns):
-        values = [row[name] for row in rows]
-        low, high = min(values), float(np.quantile(values, .97))  # a jump may leave the panel
+        values = np.array([row[name] for row in rows])
+        low, high = values.min(), np.quantile(values, .97)  # a jump may leave the panel
         left, right, top, bottom = i * width + 62, (i + 1) * width - 16, 34, height - 34
+        x = left + (right - left) * np.array([row["step"] for row in rows]) / last
+        y = bottom - (bottom - top) * (values.clip(max=high) - low) / max(high - low, 1e-9)
         pen.rectangle((left, top, right, bottom), outline=(170, 170, 170))
-        points = [(left + (right - left) * row["step"] / last, bottom - (bottom - top) * (value - low)
-                   / max(high - low, 1e-9)) for row, value in zip(rows, np.minimum(values, high))]
-        pen.line(points, fill=(31, 119, 180), width=2, joint="curve")
-        for x, y, text in ((left, 10, f"{name}   last {values[-1]:.4g}"), (left - 56, top - 6, f"{high:.4g}"),
-                           (left - 56, bottom - 10, f"{low:.4g}"), (right - 70, bottom + 6, f"step {last}")):
-            pen.text((x, y), text, "black")
+        pen.line([*zip(x, y)], fill=(31, 119, 180), width=2, joint="curve")
+        pen.text((left, 10), f"{name}   last {values[-1]:.4g}", "black")
+        pen.text((left - 56, top - 6), f"{high:.4g}", "black")
+        pen.text((left - 56, bottom - 10), f"{low:.4g}", "black")
+        pen.text((right - 70, bottom + 6), f"step {last}", "black")
     sheet.save(path)
 
 # ---------------------------------------------------------------- measures
 class Compute:
     """Device and precision of a run; auto: bf16 on CUDA and on CPUs that multiply it (AMX, AVX512-BF16)."""
     def __init__(self, dtype):
-        self.device = torch.device("cpu")
+        self.device, can = torch.device("cpu"), torch.cpu.get_capabilities()
         if torch.cuda.is_available():
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
-        can = torch.cpu.get_capabilities()
         fast = self.device.type == "cuda" or can.get("amx_bf16") or can.get("avx512_bf16")
         self.bf16 = dtype == "bf16" or dtype == "auto" and bool(fast)
     def place(self, net):
@@ -81,10 +76,17 @@ class Compute:
 
 @torch.no_grad()
 def predict(M, images, compute):
-    """Digits (N,) that M sees in uint8 images (N,3,S,S)."""
+    """M's output (N,outputs) for uint8 images (N,3,S,S)."""
     M.eval()
     with compute.autocast():
-        return torch.cat([M(compute.images(part))[0].argmax(1).cpu() for part in images.split(500)])
+        return torch.cat([M(compute.images(part))[0].float().cpu() for part in images.split(500)])
+def scores(output, y, size):
+    """Accuracy of digits in percent; of landmarks MSE (of shares), pixels, PCK: percentage within 5 %."""
+    if not y.is_floating_point():
+        return {"accuracy": 100 * (output.argmax(1) == y).float().mean().item()}
+    distance = torch.linalg.vector_norm((output - y).view(-1, 17, 2), dim=2)
+    return {"mse": (output - y).square().mean().item(), "pixels": distance.mean().item() * size,
+            "pck": 100 * (distance < .05).float().mean().item()}
 
 @torch.no_grad()
 def flow_bits(F, images, labels, compute):
@@ -97,37 +99,32 @@ def flow_bits(F, images, labels, compute):
     return total / len(images)
 
 def evaluate_degia(compute, M, F, domains, folder):
-    """Accuracy of M in percent per domain, bits per dimension of F on the source; either may be None."""
-    results, rows, labels, captions = {"domains": {}}, [], [], []
-    for name, (images, truth) in domains.items() if M else ():
-        said = predict(M, images, compute)
-        results["domains"][name] = {"accuracy": 100 * (said == truth).float().mean().item()}
-        labels.append(f"{name} {results['domains'][name]['accuracy']:.1f} %")
-        rows.append(list(images[:16] / 255))
-        captions.append([(f"{s} ({t})", s == t) for s, t in zip(said[:16].tolist(), truth[:16].tolist())])
+    """`scores` of M per domain, and the MSE of the mean pose; bits per dimension of F on the source."""
+    results, rows, labels, captions, points = {"domains": {}}, [], [], [], []
+    for name, (images, y) in domains.items() if M else ():
+        output, size = predict(M, images, compute), images.shape[-1]
+        numbers = results["domains"][name] = scores(output, y, size)
+        rows.append(images[:16] / 255)
+        labels.append("{0} {2:.1f} {1}".format(name, *list(numbers.items())[-1]))
+        if y.is_floating_point():
+            numbers["mean pose"] = scores(M.template.cpu().expand_as(y), y, size)["mse"]
+            points.append(torch.stack([y, output], 1)[:16].unflatten(2, (17, 2)).tolist())
+        else:
+            captions.append([(f"{s} ({t})", s == t) for s, t in zip(output.argmax(1), y[:16])])
     if M:
-        grid(rows, labels, folder / "domains.png", captions=captions)
+        grid(rows, labels, folder / "domains.png", captions=captions, points=points)
     if F:
-        results["bits_per_dim"] = flow_bits(F, *domains["source"], compute)
-        classes = torch.arange(10, device=compute.device).repeat_interleave(12)
-        samples = F.sample(classes, torch.Generator(compute.device).manual_seed(0))
-        grid([list(s) for s in samples.split(12)], [f"F, class {c}" for c in range(10)], folder / "flow.png",
-             scale=max(2, 56 // F.shape[1]))
-    if M and F and F.shape[1] == domains["source"][0].shape[2]:  # are samples read as their class?
-        c = torch.arange(10, device=compute.device).repeat_interleave(100)
-        for T in (1., .8, .7):
-            samples = F.sample(c, torch.Generator(compute.device).manual_seed(0), T).expand(-1, 3, -1, -1)
-            right = predict(M, data.to_uint8(samples), compute) == c.cpu()
-            results["domains"][f"samples, T = {T}"] = {"accuracy": 100 * right.float().mean().item()}
+        images, y = domains["source"]
+        results["bits_per_dim"] = round(flow_bits(F, images, degia.classes_of(y, F), compute), 4)
+        classes = torch.arange(len(F.poses), device=compute.device).repeat_interleave(12)
+        rows = F.sample(classes, torch.Generator(compute.device).manual_seed(0)).split(12)
+        grid(rows, [f"F, class {c}" for c in range(len(rows))], folder / "flow.png", max(2, 56 // F.shape[1]))
     return results
-
-def picture_new_samples(x_src, pool, per_round, path, columns=12):
+def picture_new_samples(x_src, pool, per_round, path):
     """Write source images (upper row) above the new samples that each max round made of them (lower row)."""
-    rows, labels = [], []
-    for number, (x, source) in enumerate(zip(pool["x"].split(per_round), pool["source"].split(per_round)), 1):
-        rows += [list(images[:columns] / 255) for images in (x_src[source[:columns]], x)]
-        labels += ["source", f"round {number}"]
-    grid(rows, labels, path)
+    first = torch.arange(len(pool["x"])).view(-1, per_round)[:, :12]  # of each round
+    rows = torch.stack([x_src[pool["source"][first]], pool["x"][first]], 1).flatten(0, 1) / 255
+    grid(rows, [label for i in range(len(first)) for label in ("source", f"round {i + 1}")], path)
 
 @torch.no_grad()
 def find_field(R, A, B, compute):
@@ -139,19 +136,18 @@ def find_field(R, A, B, compute):
 def landmark_errors(R, pairs, compute, most=10 ** 6):
     """Eq. (7): mean distance of landmarks in pixels before and after, {"salient", "scene"} as far as the data
     know them, mean over pairs; the share of pixels where the field folds; the last field with its images."""
-    distances, folded, last = ([], []), [], None
+    distances, folded = [], []
     for part in torch.arange(min(len(pairs.A), most)).split(25):
-        phi, *images = last = find_field(R, pairs.A[part], pairs.B[part], compute)
+        phi, I_a, I_b = find_field(R, pairs.A[part], pairs.B[part], compute)
         folded.append((warp.jacobian_determinant(phi) <= 0).float().mean((1, 2)).cpu())
         if pairs.points is not None:
             p_a, p_b = pairs.points[part].to(phi).split(2, -1)
-            for found, p in zip(distances, (p_a, warp.warp_points(p_a, phi))):
-                found.append(torch.linalg.vector_norm(p - p_b, dim=-1).cpu())
-    kinds = {} if pairs.salient is None else {"salient": pairs.salient}
-    before, after = ({kind: torch.cat(found)[:, which].nanmean(1).nanmean().item() if found else None
-                      for kind, which in {**kinds, "scene": slice(None)}.items()} for found in distances)
-    return before, after, torch.cat(folded).mean().item(), last
-
+            p = torch.stack([p_a, warp.warp_points(p_a, phi)])  # before and after
+            distances.append(torch.linalg.vector_norm(p - p_b, dim=-1).cpu())
+    kinds = ({} if pairs.salient is None else {"salient": pairs.salient}) | {"scene": slice(None)}
+    before, after = ({kind: d[:, which].nanmean(1).nanmean().item() for kind, which in kinds.items()}
+                     for d in torch.cat(distances, 1)) if distances else ({"scene": None}, {"scene": None})
+    return before, after, torch.cat(folded).mean().item(), (phi, I_a, I_b)
 def simple_maps(points):
     """Landmark errors that the mean field, and each pair's best translation and affine map would leave."""
     seen, errors = [p[~p.isnan().any(1)] for p in points], []
@@ -162,15 +158,13 @@ def simple_maps(points):
         guesses = a + near @ (P_b - P_a), a + (b - a).mean(0), A @ (torch.linalg.pinv(A) @ b)
         errors.append(torch.stack([(guess - b).norm(dim=1).mean() for guess in guesses]))
     return dict(zip(("mean field", "translation", "affine"), torch.stack(errors).nanmean(0).tolist()))
-
 def evaluate_reg(compute, R, pairs, folder):
     """Landmark errors of test and (the first 100) training pairs, folding; figure 4 in pairs.png."""
     before, after, folding, last = landmark_errors(R, pairs["test"], compute)
     picture_pairs(*last, folder / "pairs.png")
     simple = {} if pairs["test"].points is None else {"simple_maps": simple_maps(pairs["test"].points)}
-    return {"unregistered": before, **simple, "registered": after, "folding": folding,
+    return {"unregistered": before, **simple, "registered": after, "folding": round(folding, 6),
             "registered_train": landmark_errors(R, pairs["train"], compute, 100)[1]}
-
 def picture_pairs(phi, I_a, I_b, path):
     """Write A, B, A registered, the field, and B with the edges of A before and after: a column per pair."""
     def overlay(image, outline):
@@ -178,19 +172,16 @@ def picture_pairs(phi, I_a, I_b, path):
         edge = (edge / edge.flatten(1).quantile(.9, 1).clamp_min(1e-6).view(-1, 1, 1, 1) - .7).clamp(0, 1)
         red = torch.tensor([1., .1, .1]).to(edge).view(3, 1, 1)
         return torch.lerp(image.mean(1, keepdim=True) / 4 + .5, red, edge)
-
     moved, longest = warp.resample(I_a, phi), torch.linalg.vector_norm(phi, dim=1).max().item()
     rows = {"A": I_a / 2 + .5, "B": I_b / 2 + .5, "A registered": moved / 2 + .5,
             f"field, up to {longest:.0f} px": warp.colour_wheel(phi, longest),
             "B, edges of A": overlay(I_b, I_a), "after": overlay(I_b, moved)}
     scale = max(1, (128 if len(phi) > 1 else 384) // phi.shape[-1])
-    grid([list(images[:8]) for images in rows.values()], list(rows), path, scale)
-
+    grid([images[:8] for images in rows.values()], list(rows), path, scale)
 def print_table(results):
     """The numbers of results.json, a line per domain or set of pairs."""
     tables = {name: value for name, value in results.items() if isinstance(value, dict)}
-    print("\n" + ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                           for name, value in results.items() if name not in tables))
+    print("\n" + ", ".join(f"{name} {value}" for name, value in results.items() if name not in tables))
     for name, numbers in {**tables.pop("domains", {}), **tables}.items():
         known = {measure: value for measure, value in numbers.items() if value is not None}
         print(f"  {name:17s}" + "".join(f"  {measure} {value:8.3f}" for measure, value in known.items()))
@@ -199,47 +190,48 @@ def print_table(results):
 def load_checkpoint(folder, task=None):
     """The content of folder/checkpoint.pt; ValueError if missing, damaged, foreign or of another task."""
     path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        raise ValueError(f"{path}: no such checkpoint; name the folder of a run that has been trained")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         assert content["format"] == FORMAT
     except Exception as error:  # what a foreign file makes the unpickler raise depends on its bytes
-        raise ValueError(f"{path}: not a checkpoint of ours ({type(error).__name__}); name another") from None
+        raise ValueError(f"{path}: not a checkpoint of ours ({type(error).__name__}); name a run") from None
     if task and content["task"] != task:
         raise ValueError(f"{path}: a checkpoint of `{content['task']}`, not of `{task}`; name another --out")
     return content
-
-def load_run(folder):
-    """What a checkpoint knows: about the run, options, device, trained networks, how pair files are read."""
-    checkpoint = load_checkpoint(folder)
-    o, reading = SimpleNamespace(**checkpoint["config"]), None
-    compute, about = Compute(o.dtype), {"task": checkpoint["task"], "steps": checkpoint["step"]}
-    about |= {name: vars(o)[name] for name in ("method", "order", "similarity", "seed") if name in vars(o)}
-    if checkpoint["task"] == "degia":
-        nets = {name: net for name, net in zip("MF", degia.build(o)) if name in degia.TRAINED[o.method]}
-    else:
-        reading = {side: (int(how[0]), *how[1:].tolist()) for side, how in checkpoint["extra"].items()}
-        nets = dict(zip("RTD", geomreg.build(o, (reading["A"][0], reading["B"][0]))))
-    for name, net in nets.items():
-        compute.place(net).load_state_dict(checkpoint["state"][name])
-    return about, o, compute, nets, reading
-
-def read_digits(o, compute, M, files, path):
-    """Print the digit that M sees in each file, and draw it on each image."""
-    images = torch.stack([data.as_tensor(data.open_image(f), (o.size, o.size)) for f in files])
-    said = predict(M, images, compute).tolist()
-    grid([[image / 255] for image in images], [Path(f).name for f in files], path, 4,
-         [[(str(digit), True)] for digit in said])
-    print("\n".join(f"{file}: {digit}" for file, digit in zip(files, said)) + f"\nwritten: {path}")
+def read_files(o, compute, M, files, folder):
+    """Print the digit in each file; or write its landmarks, in pixels, and it warped onto the mean pose."""
+    pictures, names = [data.open_image(file) for file in files], [Path(file).name for file in files]
+    images = torch.stack([data.as_tensor(picture, (o.size, o.size)) for picture in pictures])
+    output, rows, points, table = predict(M, images, compute), [[image / 255] for image in images], [], []
+    if o.task == "digits":
+        digits = output.argmax(1).tolist()
+        print("\n".join(f"{file}: {digit}" for file, digit in zip(files, digits)))
+        return grid(rows, names, folder / "images.png", 4, [[(str(digit), True)] for digit in digits])
+    template, columns = M.template.cpu().view(17, 2), [f"{axis}{i}" for i in range(17) for axis in "xy"]
+    for name, picture, row, found in zip(names, pictures, rows, output.view(-1, 17, 2)):
+        p, goal = (pose * torch.tensor(picture.size) for pose in (found, template))
+        matrix = similarity(goal, p).flatten().tolist()  # as `transform` asks: from new places to old ones
+        aligned = picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+        aligned.save(folder / f"{Path(name).stem}_aligned.png")
+        row.append(data.as_tensor(aligned, (o.size, o.size)) / 255)
+        points.append([((), found.tolist()), (template.tolist(), ())])
+        table.append({"name": name, **dict(zip(columns, (p - .5).flatten().tolist()))})
+    write_csv(table, folder / "landmarks.csv")
+    grid(rows, names, folder / "images.png", 4, points=points)
+    print(f"written: {folder}/images.png, landmarks.csv and *_aligned.png")
+def similarity(p, q):
+    """Matrix (2,3) of the turn, scaling and shift that takes points p (N,2) closest to q in least squares."""
+    z, w = (torch.view_as_complex(x - x.mean(0)) for x in (p, q))
+    a = (z.conj() * w).sum() / z.abs().square().sum()
+    turn = torch.view_as_real(torch.stack([a, 1j * a])).T
+    return torch.cat([turn, (q.mean(0) - turn @ p.mean(0))[:, None]], 1)
 
 def align_files(o, compute, R, reading, files, folder):
     """Write A aligned to B at B's size, sampled from A as stored; the field in pixels of B; overlays."""
     if len(files) != 2:
         raise ValueError(f"--images: a registration takes two files, A and B of a pair, not {len(files)}")
     A, B = (data.open_image(file, *reading[side]) for file, side in zip(files, "AB"))
-    small = [data.as_tensor(image, (o.height, o.width))[None] for image in (A, B)]
-    phi, I_a, I_b = find_field(R, *small, compute)
+    phi, I_a, I_b = find_field(R, *(data.as_tensor(I, (o.height, o.width))[None] for I in (A, B)), compute)
     name = str(folder / Path(files[0]).stem)
     picture_pairs(phi, I_a, I_b, name + "_overlay.png")
     phi = warp.resize_field(phi, B.size[::-1])
@@ -249,7 +241,6 @@ def align_files(o, compute, R, reading, files, folder):
     Image.fromarray(aligned.permute(1, 2, 0).squeeze(-1).numpy()).save(name + "_aligned.png")
     np.save(name + "_field.npy", phi[0].cpu().numpy())
     print(f"written: {name}_aligned.png, {name}_field.npy, {name}_overlay.png")
-
 def exit_on_bad_input(main):
     """Run main(argv); a ValueError or OSError becomes one line and exit code 2, Ctrl-C one line and 130."""
     try:
@@ -260,7 +251,6 @@ def exit_on_bad_input(main):
     except KeyboardInterrupt:
         print("interrupted; train.py goes on from the last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="folder of a trained run")
@@ -268,24 +258,34 @@ def parse(argv):
     parser.add_argument("--unseen", nargs="+", help="measure on these unseen domains")
     parser.add_argument("--images", nargs="+", help="apply the run to these image files")
     return parser.parse_args(argv)
-
 def main(argv):
     args = parse(argv)
-    folder, (about, o, compute, nets, reading) = Path(args.run), load_run(args.run)
+    folder, checkpoint = Path(args.run), load_checkpoint(args.run)
+    o, reading = argparse.Namespace(**checkpoint["config"]), None  # how the files of pairs are read
+    compute, about = Compute(o.dtype), {"task": checkpoint["task"], "steps": checkpoint["step"]}
+    about |= {name: vars(o)[name] for name in ABOUT if name in vars(o)}
+    if checkpoint["task"] == "degia":
+        nets = {name: net for name, net in zip("MF", degia.build(o)) if name in degia.TRAINED[o.method]}
+    else:
+        reading = {side: (int(how[0]), *how[1:].tolist()) for side, how in checkpoint["extra"].items()}
+        nets = dict(zip("RTD", geomreg.build(o, (reading["A"][0], reading["B"][0]))))
+    for name, net in nets.items():
+        compute.place(net).load_state_dict(checkpoint["state"][name])
+    M, F, R = map(nets.get, "MFR")
     o.data, o.unseen = args.data or o.data, args.unseen or getattr(o, "unseen", [])
-    if args.images and "R" in nets:
-        align_files(o, compute, nets["R"], reading, args.images, folder)
-    elif args.images and "M" in nets:
-        read_digits(o, compute, nets["M"], args.images, folder / "images.png")
-    elif args.images or args.unseen and "R" in nets:
+    if args.images and R:
+        align_files(o, compute, R, reading, args.images, folder)
+    elif args.images and M:
+        read_files(o, compute, M, args.images, folder)
+    elif args.images or args.unseen and R:
         raise ValueError(f"{folder}: its networks, {', '.join(nets)}, cannot do that; name another run")
-    elif "R" in nets:
+    elif R:
         pairs, _ = data.load_pairs(o, folder, reading)
-        print_table({**about, **evaluate_reg(compute, nets["R"], pairs, folder)})
+        print_table({**about, **evaluate_reg(compute, R, pairs, folder)})
     else:
         o.validate, o.train = o.validate and not args.unseen, 10  # the training images are not needed
-        _, _, domains = data.load_digits(o, folder)
-        print_table({**about, **evaluate_degia(compute, nets.get("M"), nets.get("F"), domains, folder)})
+        _, _, domains = data.LOADERS[o.task](o, folder)
+        print_table({**about, **evaluate_degia(compute, M, F, domains, folder)})
 
 if __name__ == "__main__":
     exit_on_bad_input(main)

@@ -1,28 +1,19 @@
-"""The class-conditional normalizing flow F of DeGIA: eq. (2), (3) and (8) of the paper.
-
-A flow model is a (prior, invertible map) pair: `Flow` maps x to z = F(x), `Prior` knows log p_Z(z, c).
+"""The class-conditional normalizing flow F of DeGIA, eq. (2), (3), (8): an invertible map and a prior.
 
     x, y         image (B,C,S,S) in [0,1], S a multiple of 4; dequantised: y = (255 x + u)/256, u ~ U[0,1)
-    z            latent code (B,D), D = C S^2, the factored-out parts of all scales side by side
+    z            latent code (B,D), z = F(x), D = C S^2: the factored-out parts of all scales side by side
     c            class (B,) int64: mu_c = gamma G_m(c) + lambda H_m(n),  Sigma_c = G_std(c)             (8)
     G_m, G_std   learned mean and standard deviation of each class;  H_m  noise shift, an MLP of n ~ N(0, I)
-
 Each layer returns (output, log |det d output / d input|), the latter (B,) or one number. Log-likelihoods are
-of y, in nats. Only the couplings' networks may run in bfloat16.
+of y, in nats. Only the couplings' networks may run in bfloat16, which would round z itself elsewhere.
 """
 import math
 import torch
 import torch.nn as nn
-import torch.nn.functional as nnf
 
 SQUEEZED_LOGIT = .05  # eps of logit(eps + (1 - 2 eps) y): a bare logit overflows at white pixels
-SCALE_BOUND = 2.      # bound of a coupling's log-scale
-SEEN_BOUND = 5.       # bound of what a coupling's network sees
-NOISE_DIM = 16        # dimension of n in H_m(n)
-
-def in_float32(function):
-    """Decorator: run without autocast, which would round the code z itself to bfloat16."""
-    return torch.autocast("cuda", enabled=False)(torch.autocast("cpu", enabled=False)(function))
+SCALE_BOUND, SEEN_BOUND = 2., 5.  # of a coupling's log-scale; of what its net sees, else odd values run away
+NOISE_DIM = 16  # dimension of n in H_m(n)
 
 class ActNorm(nn.Module):
     """y = exp(log_scale) (x - shift) per channel, set by `Flow.initialise` to mean 0 and deviation 1."""
@@ -30,7 +21,6 @@ class ActNorm(nn.Module):
         super().__init__()
         self.shift, self.log_scale = (nn.Parameter(torch.zeros(1, channels, 1, 1)) for _ in range(2))
         self.register_buffer("is_set", torch.tensor(False))  # in checkpoints, else it would be set anew
-    @torch.no_grad()
     def initialise(self, x):
         self.shift.copy_(x.mean((0, 2, 3), keepdim=True))
         self.log_scale.copy_(-torch.log(x.std((0, 2, 3), keepdim=True) + 1e-3))
@@ -45,28 +35,24 @@ class Invertible1x1(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels))[0].contiguous())
-    @in_float32
     def forward(self, x):
-        log_det = torch.linalg.slogdet(self.weight)[1] * x[0, 0].numel()
-        return torch.einsum("ij,bjhw->bihw", self.weight, x), log_det
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.einsum("ij,bjhw->bihw", self.weight, x), self.weight.slogdet()[1] * x[0, 0].numel()
     def inverse(self, y):
-        return torch.einsum("ij,bjhw->bihw", torch.linalg.inv(self.weight), y)
+        return torch.einsum("ij,bjhw->bihw", self.weight.inverse(), y)
 
 class AffineCoupling(nn.Module):
     """y_a = x_a;  y_b = exp(s(x_a)) x_b + t(x_a), |s| < SCALE_BOUND;  log |det| = sum s."""
     def __init__(self, channels, hidden):
         super().__init__()
-        self.kept = channels // 2
-        self.net = nn.Sequential(
-            nn.Conv2d(self.kept, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, hidden, 1), nn.ReLU(),
-            nn.Conv2d(hidden, 2 * (channels - self.kept), 3, padding=1))
+        self.net = nn.Sequential(nn.Conv2d(channels // 2, hidden, 3, padding=1), nn.ReLU(),
+                                 nn.Conv2d(hidden, hidden, 1), nn.ReLU(),
+                                 nn.Conv2d(hidden, channels, 3, padding=1))
         for p in self.net[-1].parameters():  # so that the coupling starts as the identity
             nn.init.zeros_(p)
     def split(self, x):
-        """x_a and x_b, and for x_b the log-scale s and the shift t, which depend on x_a alone."""
-        x_a, x_b = x[:, :self.kept], x[:, self.kept:]
-        seen = SEEN_BOUND * torch.tanh(x_a / SEEN_BOUND)  # else one odd value can run away
-        s, t = self.net(seen).to(x_a.dtype).chunk(2, 1)
+        x_a, x_b = x.chunk(2, 1)  # s and t are for x_b, but depend on x_a alone
+        s, t = self.net(SEEN_BOUND * torch.tanh(x_a / SEEN_BOUND)).to(x_a.dtype).chunk(2, 1)
         return x_a, x_b, SCALE_BOUND * torch.tanh(s / SCALE_BOUND), t
     def forward(self, x):
         x_a, x_b, s, t = self.split(x)
@@ -76,7 +62,7 @@ class AffineCoupling(nn.Module):
         return torch.cat([y_a, (y_b - t) * (-s).exp()], 1)
 
 class Prior(nn.Module):
-    """p_Z(z, c) = N(mu_c, Sigma_c) with the learned means and deviations of eq. (8)."""
+    """p_Z = N(mu_c, Sigma_c), eq. (8): `mean` gamma G_m(c), `std` G_std(c), `shift` lambda H_m(n), (B,D)."""
     def __init__(self, dim, classes, gamma=1., lam=.1):
         super().__init__()
         self.gamma, self.lam = gamma, lam
@@ -85,14 +71,12 @@ class Prior(nn.Module):
         nn.init.normal_(self.G_m.weight, std=.1)
         nn.init.zeros_(self.log_G_std.weight)
     def mean(self, c):
-        """gamma G_m(c), the mean without the noise shift (B,D)."""
         return self.gamma * self.G_m(c)
     def std(self, c):
-        """G_std(c) (B,D), kept in exp([-2, .5]): F could otherwise scale the noise of eq. (8) away."""
-        return self.log_G_std(c).clamp(-2, .5).exp()
+        return self.log_G_std(c).clamp(-2, .5).exp()  # else F could scale the noise of eq. (8) away
     def shift(self, n):
-        """lambda H_m(n) (B,D) of noise n (B,NOISE_DIM): mean 0, root mean square lambda over the batch.
-        Maximum likelihood would otherwise shrink the shift to nothing, or turn it into a constant."""
+        """lambda H_m(n) of noise n (B,NOISE_DIM), with mean 0 and root mean square lambda over the batch:
+        maximum likelihood would otherwise shrink the shift to nothing, or turn it into a constant."""
         h = self.H_m(n).to(n.dtype)
         h = h - h.mean(0)
         return self.lam * h / h.square().mean().add(1e-8).sqrt()
@@ -108,13 +92,9 @@ class Flow(nn.Module):
         if size % 2 ** levels:
             raise ValueError(f"--flow-size {size}: not a multiple of {2 ** levels}; choose another")
         self.shape, self.dim = (channels, size, size), channels * size * size
-        self.levels, self.part_shapes = nn.ModuleList(), []  # what each level gives to z
-        for level in range(levels):
-            channels, size = channels * 4, size // 2
-            self.levels.append(nn.ModuleList([layer for _ in range(steps) for layer in (
-                ActNorm(channels), Invertible1x1(channels), AffineCoupling(channels, hidden))]))
-            channels = channels if level == levels - 1 else channels // 2
-            self.part_shapes.append((channels, size, size))
+        widths = [channels * 2 ** (2 + level) for level in range(levels)]  # a squeeze makes 4 C; half go on
+        self.levels = nn.ModuleList(nn.ModuleList(layer for _ in range(steps) for layer in (
+            ActNorm(width), Invertible1x1(width), AffineCoupling(width, hidden))) for width in widths)
         self.prior = Prior(self.dim, classes, gamma, lam)
     def forward(self, x, u):
         """z = F(x) (B,D) and log |det dz/dy| (B,) of images x (B,C,S,S) in [0,1], with u (B,C,S,S)."""
@@ -122,7 +102,7 @@ class Flow(nn.Module):
         h, z = torch.logit(y), []
         log_det = (math.log(1 - 2 * SQUEEZED_LOGIT) - torch.log(y) - torch.log1p(-y)).sum((1, 2, 3))
         for level in self.levels:
-            h = nnf.pixel_unshuffle(h, 2)  # squeeze: (B,C,H,W) -> (B,4C,H/2,W/2)
+            h = torch.pixel_unshuffle(h, 2)  # squeeze: (B,C,H,W) -> (B,4C,H/2,W/2)
             for layer in level:
                 h, change = layer(h)
                 log_det = log_det + change
@@ -133,20 +113,21 @@ class Flow(nn.Module):
     @torch.no_grad()
     def initialise(self, x, u):
         """Let every ActNorm that has not been set yet set itself from the batch x."""
-        hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.initialise(*inputs))
-                 for layer in self.modules() if isinstance(layer, ActNorm) and not layer.is_set]
-        self(x, u)
-        for hook in hooks:
-            hook.remove()
-    @in_float32
+        for layer in self.modules():
+            if isinstance(layer, ActNorm) and not layer.is_set:
+                with layer.register_forward_pre_hook(lambda layer, inputs: layer.initialise(*inputs)):
+                    self(x, u)
     def inverse(self, z):
         """y = (255 x + u)/256 (B,C,S,S) for the x, u with F(x, u) = z, in float32."""
-        h, parts = z.new_empty(0), list(z.split([math.prod(shape) for shape in self.part_shapes], 1))
-        for level, shape in zip(reversed(self.levels), reversed(self.part_shapes)):
-            h = torch.cat([h, parts.pop().view(-1, *shape)], 1)  # cat leaves out the empty h of the start
-            for layer in reversed(level):
-                h = layer.inverse(h)
-            h = nnf.pixel_shuffle(h, 2)
+        n, side = self.dim * 2 // 2 ** len(self.levels), self.shape[1] // 2 ** len(self.levels)
+        h = z[:, -n:].unflatten(1, (-1, side, side))  # what the last level left
+        with torch.autocast(z.device.type, enabled=False):
+            for level in reversed(self.levels):
+                if level is not self.levels[-1]:
+                    h, n = torch.cat([h, z[:, -2 * n:-n].view_as(h)], 1), 2 * n
+                for layer in reversed(level):
+                    h = layer.inverse(h)
+                h = torch.pixel_shuffle(h, 2)
         return (torch.sigmoid(h) - SQUEEZED_LOGIT) / (1 - 2 * SQUEEZED_LOGIT)
     def log_prob(self, x, c, u, shift=0.):
         """log p(y | c) = log p_Z(z, c) + log |det dz/dy|, eq. (2): (B,) nats of the dequantised image y."""
@@ -162,7 +143,6 @@ class Flow(nn.Module):
 def bits_per_dim(log_prob, dim):
     """Bits per dimension of the 8-bit image from nats of the dequantised one: the 256 levels counted once."""
     return 8 - log_prob / (dim * math.log(2))
-
 def gaussian_w2(mean_1, std_1, mean_2, std_2):
     """Squared 2-Wasserstein distance of diagonal Gaussians per dimension: mean (m1 - m2)^2 + (s1 - s2)^2."""
     return ((mean_1 - mean_2).square() + (std_1 - std_2).square()).mean()

@@ -1,11 +1,9 @@
 """Two-flow multi-modal registration: the networks and losses of the paper, and the classical measures.
 
     I_a, I_b  images of modality A and B (B,C,H,W) in [-1,1], of any size, with any number of channels
-    R         registration network: phi = R(I_a, I_b), a displacement field (B,2,H,W) in pixels
-    T         translation network: makes A look like B; trained so that it must keep geometry
+    R, T      phi = R(I_a, I_b), a displacement field (B,2,H,W) in pixels; T translates A's look into B's
     D         conditional patch discriminator: is this the B that belongs to I_a?
     O_RT = R_S(T(I_a), phi)  translate first          O_TR = T(R_S(I_a, phi))  register first
-
 Both orders share one phi: if T moved anything, not both could match I_b. The loop is `train.train_reg`.
 """
 import torch
@@ -13,50 +11,39 @@ import torch.nn as nn
 import torch.nn.functional as nnf
 import warp
 
-FLAT = 1e-2  # added to local variances: where both images are flat there is nothing to correlate
-
-# ---------------------------------------------------------------- networks
-def conv(c_in, c_out, kernel=3, stride=1, bias=True):
-    """A convolution that keeps the size (over the stride), Kaiming-initialised."""
+# ---------------------------------------------------------------- networks: a, b channels of A and B, width w
+def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.):
+    """A convolution that keeps the size (over the stride), Kaiming-initialised, its weights times scale."""
     layer = nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=bias)
-    nn.init.kaiming_normal_(layer.weight, a=.2)
+    nn.init.kaiming_normal_(layer.weight, a=.2).data.mul_(scale)
     return layer
-
 def conv_relu(c_in, c_out, kernel=3, stride=1, norm=False):
-    """With InstanceNorm there is no bias, which it would take away again."""
-    return nn.Sequential(conv(c_in, c_out, kernel, stride, not norm),
-                         nn.InstanceNorm2d(c_out) if norm else nn.Identity(), nn.LeakyReLU(.2))
-
-class Residual(nn.Module):
-    """x + f(x), f two convolutions with InstanceNorm."""
-    def __init__(self, width):
-        super().__init__()
-        last = conv(width, width, bias=False)
-        self.body = nn.Sequential(conv_relu(width, width, norm=True), last, nn.InstanceNorm2d(width))
-    def forward(self, x):
-        return x + self.body(x)
-
-def field_layer(width):
-    """The last layer of R: small weights, so that phi starts near 0."""
-    layer = conv(width, 2)
-    layer.weight.data *= .1
-    return layer
-
+    layer = conv(c_in, c_out, kernel, stride, bias=not norm)  # InstanceNorm would take a bias away again
+    return nn.Sequential(layer, nn.InstanceNorm2d(c_out) if norm else nn.Identity(), nn.LeakyReLU(.2))
 def pad(I, multiple):
     """I with its last row and column repeated until the sides are multiples; the networks crop again."""
     return nnf.pad(I, (0, -I.shape[3] % multiple, 0, -I.shape[2] % multiple), "replicate")
 
+class Residual(nn.Module):
+    """x + f(x), f two convolutions with InstanceNorm."""
+    def __init__(self, w):
+        super().__init__()
+        last = conv(w, w, bias=False)
+        self.body = nn.Sequential(conv_relu(w, w, norm=True), last, nn.InstanceNorm2d(w))
+    def forward(self, x):
+        return x + self.body(x)
+
 class UNet(nn.Module):
     """R of the paper: U-Net, residual blocks on the way down and before the output, bilinear upsampling."""
-    def __init__(self, a, b, width, levels=4):
+    def __init__(self, a, b, w):
         super().__init__()
-        steps = [(width * min(2 ** i, 4), width * min(2 ** (i + 1), 4)) for i in range(levels)]
-        self.first = conv_relu(a + b, width)
+        steps = [(i * w, o * w) for i, o in ((1, 2), (2, 4), (4, 4), (4, 4))]
+        self.first = conv_relu(a + b, w)
         self.down = nn.ModuleList(nn.Sequential(conv_relu(i, o, 3, 2), Residual(o)) for i, o in steps)
         self.up = nn.ModuleList(conv_relu(i + o, i) for i, o in reversed(steps))
-        self.last = nn.Sequential(Residual(width), Residual(width), field_layer(width))
+        self.last = nn.Sequential(Residual(w), Residual(w), conv(w, 2, scale=.1))  # phi starts near 0
     def forward(self, I_a, I_b):
-        x = [self.first(pad(torch.cat([I_a, I_b], 1), 2 ** (len(self.down) + 1)))]
+        x = [self.first(pad(torch.cat([I_a, I_b], 1), 32))]
         for layer in self.down:
             x.append(layer(x[-1]))
         for layer in self.up:
@@ -66,21 +53,18 @@ class UNet(nn.Module):
 
 class Pyramid(nn.Module):
     """R from coarse to fine: warp A's features by phi, compare them with B's, correct phi; twice a level.
-    Levels are 1/2, 1/4, ... of the image; the finest that corrects phi is 1/4, which keeps phi smooth."""
-    def __init__(self, a, b, width, levels=3):
+    Levels are 1/2, 1/4 and 1/8 of the image; the finest that corrects phi is 1/4, which keeps phi smooth."""
+    def __init__(self, a, b, w):
         super().__init__()
         self.encode_a, self.encode_b = (nn.ModuleList(
-            nn.Sequential(conv_relu(c if level == 0 else width, width, 3, 2), conv_relu(width, width))
-            for level in range(levels)) for c in (a, b))
+            nn.Sequential(conv_relu(i, w, 3, 2), conv_relu(w, w)) for i in (c, w, w)) for c in (a, b))
         self.correct = nn.ModuleList(nn.Sequential(
-            conv_relu(2 * width + 2, 2 * width), conv_relu(2 * width, width), field_layer(width))
-            for _ in range(max(1, levels - 1)))
+            conv_relu(2 * w + 2, 2 * w), conv_relu(2 * w, w), conv(w, 2, scale=.1)) for _ in range(2))
     def forward(self, I_a, I_b):
-        features = [tuple(pad(I, 2 ** len(self.encode_a)) for I in (I_a, I_b))]
-        for encode_a, encode_b in zip(self.encode_a, self.encode_b):
-            a, b = features[-1]
-            features.append((encode_a(a), encode_b(b)))
-        phi = I_a.new_zeros(len(I_a), 2, *features[-1][0].shape[-2:], dtype=torch.float32)
+        features = [(pad(I_a, 8), pad(I_b, 8))]
+        for encoders in zip(self.encode_a, self.encode_b):
+            features.append([encode(I) for encode, I in zip(encoders, features[-1])])
+        phi = I_a.new_zeros(len(I_a), 2, 1, 1, dtype=torch.float32)
         for correct, (a, b) in zip(self.correct, reversed(features)):
             phi = warp.resize_field(phi, a.shape[-2:])
             for _ in range(2):
@@ -89,36 +73,31 @@ class Pyramid(nn.Module):
 
 class Translator(nn.Module):
     """T: two halvings, residual blocks, two doublings; or two convolutions of 3x3 alone; tanh."""
-    def __init__(self, a, b, width, blocks):
+    def __init__(self, a, b, w, blocks):
         super().__init__()
-        downs, kernel, self.multiple = (2, 7, 8) if blocks else (0, 3, 1)
-        steps = [(width * 2 ** i, width * 2 ** (i + 1)) for i in range(downs)]
-        layers = [conv_relu(a, width, kernel)]
-        for i, o in steps:
-            layers.append(conv_relu(i, o, 3, 2, norm=True))
-        layers += [Residual(width * 2 ** downs) for _ in range(blocks)]
+        steps, kernel, self.multiple = ([(w, 2 * w), (2 * w, 4 * w)], 7, 8) if blocks else ([], 3, 1)
+        layers = [conv_relu(a, w, kernel), *(conv_relu(i, o, 3, 2, norm=True) for i, o in steps),
+                  *(Residual(4 * w) for _ in range(blocks))]
         for i, o in reversed(steps):
             layers += [nn.Upsample(scale_factor=2, mode="bilinear"), conv_relu(o, i, norm=True)]
-        self.net = nn.Sequential(*layers, conv(width, b, kernel))
+        self.net = nn.Sequential(*layers, conv(w, b, kernel))
     def forward(self, I_a):
         return torch.tanh(self.net(pad(I_a, self.multiple))[..., :I_a.shape[2], :I_a.shape[3]].float())
 
 class Discriminator(nn.Module):
     """D: a logit for each patch of a pair (I_a, I_b or a fake), as in pix2pix."""
-    def __init__(self, a, b, width):
+    def __init__(self, a, b, w):
         super().__init__()
-        self.net = nn.Sequential(conv_relu(a + b, width, 4, 2))
-        for i, o, stride in ((1, 2, 2), (2, 4, 2), (4, 8, 1)):
-            self.net.append(conv_relu(i * width, o * width, 4, stride, norm=True))
-        self.net.append(conv(8 * width, 1, 4))
+        self.net = nn.Sequential(conv_relu(a + b, w, 4, 2), conv_relu(w, 2 * w, 4, 2, norm=True),
+                                 conv_relu(2 * w, 4 * w, 4, 2, norm=True),
+                                 conv_relu(4 * w, 8 * w, 4, norm=True), conv(8 * w, 1, 4))
     def forward(self, I_a, I):
-        return self.net(pad(torch.cat([I_a, I], 1), 2 ** 5)).float()
+        return self.net(pad(torch.cat([I_a, I], 1), 32)).float()
 
 def build(o, channels):
     """R, T and D of the options o for A and B of so many channels, untrained."""
-    a, b = channels
-    R = {"pyramid": Pyramid, "unet": UNet}[o.registration](a, b, o.R_width)
-    return R, Translator(a, b, o.T_width, o.T_blocks), Discriminator(a, b, o.D_width)
+    R = {"pyramid": Pyramid, "unet": UNet}[o.registration](*channels, o.R_width)
+    return R, Translator(*channels, o.T_width, o.T_blocks), Discriminator(*channels, o.D_width)
 
 # ---------------------------------------------------------------- losses
 def adversarial(logits, real):
@@ -127,29 +106,24 @@ def adversarial(logits, real):
 
 def local_mean(I, window):
     return nnf.avg_pool2d(I, window, 1, window // 2, count_include_pad=False)
-
 def local_moments(I, J, window):
     """Means, variances and covariance of I and J over window x window neighbourhoods: five maps."""
     i, j, ii, jj, ij = (local_mean(x, window) for x in (I, J, I * I, J * J, I * J))
     return i, j, (ii - i * i).clamp_min(0), (jj - j * j).clamp_min(0), ij - i * j
-
 def correlation(I, J, window):
     """Local correlation of I and J at every pixel, in [-1,1]; 0 where one of them is flat."""
     _, _, var_i, var_j, cov = local_moments(I, J, window)
-    return cov / ((var_i + FLAT) * (var_j + FLAT)).sqrt()
-
+    return cov / ((var_i + .01) * (var_j + .01)).sqrt()  # the summands: flat images have nothing to correlate
 def ssim(I, J, window):
     """Structural similarity at every pixel, for images in [-1,1]."""
     i, j, var_i, var_j, cov = local_moments(I, J, window)
     c_1, c_2 = (.01 * 2) ** 2, (.03 * 2) ** 2
     return (2 * i * j + c_1) * (2 * cov + c_2) / ((i * i + j * j + c_1) * (var_i + var_j + c_2))
-
 def edges(I):
     """Sobel magnitude of the grey image, smoothed by a 5x5 mean, (B,1,H,W) from -1."""
-    I = local_mean(I.mean(1, keepdim=True), 5)
     sobel = torch.tensor([[1., 0., -1.], [2., 0., -2.], [1., 0., -1.]]).to(I) / 8
-    slopes = nnf.conv2d(nnf.pad(I, (1, 1, 1, 1), "replicate"), torch.stack([sobel, sobel.T])[:, None])
-    return 4 * warp.length(slopes)[:, None] - 1
+    I = nnf.pad(local_mean(I.mean(1, keepdim=True), 5), (1, 1, 1, 1), "replicate")
+    return 4 * warp.length(nnf.conv2d(I, torch.stack([sobel, sobel.T])[:, None]))[:, None] - 1
 
 MEASURES = {  # of how little I and J match at each pixel; squared where contrast may be inverted
     "l1": lambda I, J, window: (I - J).abs(),

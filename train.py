@@ -1,14 +1,12 @@
 """Train DeGIA or the geometry-preserving registration. The two loops come first: read them beside the papers.
 
-    python train.py degia                                            embedded digits, nothing downloaded
-    python train.py degia --data mnist --unseen photos               MNIST -> MNIST-M made from photographs
-    python train.py reg                                              embedded plants, RGB to infrared
-    torchrun --nproc_per_node=2 train.py reg                         several GPUs or processes
+    python train.py degia                        embedded digits; --task hands: landmarks of embedded hands
+    python train.py reg                          embedded plants, RGB to infrared
+    torchrun --nproc_per_node=2 train.py reg     several GPUs or processes
 All that is random in step k is drawn for the whole batch from a generator seeded by (seed, k): so a resumed
 run needs no random state, and N processes equal one.
 """
 import argparse, dataclasses, json, os, time
-from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 import torch.distributed as dist
@@ -16,83 +14,78 @@ import data, degia, geomreg, warp
 import eval as evaluation
 from flows import NOISE_DIM, bits_per_dim
 
-SIMILARITIES = ("translation", "ncc", "ncc-edges", "ssim-edges")
 ASCENT_BATCH = 256  # at most so many images of a class ascend together; P_x of eq. (7) is theirs
 
 # ---------------------------------------------------------------- DeGIA: the min/max loop
 def train_degia(o, run):
     """Minimize (5) over M and F on a growing training set; maximize (7) over images, which grows it."""
-    x_src, y_src, domains = data.load_digits(o, run.folder)
-    x_src, y_src = x_src.to(run.device), y_src.to(run.device)
-    M, F = map(run.compute.place, degia.build(o))
-    opt_M, opt_F = (torch.optim.Adam(*player, fused=True)
-                    for player in ((M.parameters(), o.lr), (F.parameters(), o.flow_lr)))
-    pool = {"x": x_src[:0].clone(), "source": y_src[:0].clone()}  # new samples, their source images
+    x_src, y_src, domains = data.LOADERS[o.task](o, run.folder)
+    M, F = degia.build(o)
+    if o.task == "hands":
+        M.template, F.poses = y_src.mean(0), degia.k_means(y_src, o.classes)
+    x_src, y_src, c_src = (t.to(run.device) for t in (x_src, y_src, degia.classes_of(y_src, F)))
+    M, F = map(run.compute.place, (M, F))
+    opt_M = torch.optim.Adam(M.parameters(), o.lr, fused=True)
+    opt_F = torch.optim.Adam(F.parameters(), o.flow_lr, fused=True)
+    pool = {"x": x_src[:0].clone(), "source": c_src[:0].clone()}  # new samples, their source images
     run.start({"M": M, "F": F, "opt_M": opt_M, "opt_F": opt_F}, pool)
-    train_M, train_F = (name in degia.TRAINED[o.method] for name in "MF")
-    rounds = o.rounds if o.method in ("degia", "ada") else 0
-    rounds = {round(o.steps * (i + 1) / (o.rounds + 2)) for i in range(rounds)}
+    trained = {name: net for name, net in zip("MF", (M, F)) if name in degia.TRAINED[o.method]}
+    rounds = range(1, o.rounds + 1) if o.method in ("degia", "ada") else ()
+    rounds = {round(o.steps * i / (o.rounds + 2)) for i in rounds}  # the steps that begin with a max phase
     first = degia.flow_view(run.compute.images(x_src[:512]), F.shape)
-    F.initialise(first, torch.rand(first.shape, generator=run.generator(0, 2), device=run.device))
+    F.initialise(first, torch.rand(first.shape, **run.random(0, 2)))
 
     for step in range(run.step, o.steps):
         # ---- maximization, eq. (7): ORIGINAL images climb to new samples of plausible new domains
         if step in rounds:
-            picked = torch.randperm(len(x_src), generator=run.generator(step, 1), device=run.device)
-            picked = picked[:round(o.beta * len(x_src)) or 1]
-            new = new_samples(o, run, step, M, F if train_F else None, x_src[picked], y_src[picked])
+            picked = torch.randperm(len(x_src), **run.random(step, 1))[:round(o.beta * len(x_src)) or 1]
+            new = new_samples(o, run, step, M, trained.get("F"), x_src[picked], y_src[picked], c_src[picked])
             pool["x"], pool["source"] = torch.cat([pool["x"], new]), torch.cat([pool["source"], picked])
             if run.rank == 0:
                 evaluation.picture_new_samples(x_src, pool, len(picked), run.folder / "new_samples.png")
 
-        # ---- minimization, eq. (5), on a batch of originals and, once there are any, as many new samples
-        g, losses = run.generator(step), {}
-        half = o.batch // 2 if len(pool["x"]) else 0
-        originals = torch.randint(len(x_src), (o.batch - half,), generator=g, device=run.device)
-        samples = torch.randint(max(1, len(pool["x"])), (half,), generator=g, device=run.device)
-        u = torch.rand(o.batch, *F.shape, generator=g, device=run.device)
-        n = torch.randn(o.batch, NOISE_DIM, generator=g, device=run.device)
+        # ---- minimization, eq. (5), on a batch of originals and, once there are any, new samples
+        gen, losses, share = run.random(step), {}, round(o.share * o.batch) if len(pool["x"]) else 0
+        originals = torch.randint(len(x_src), (o.batch - share,), **gen)
+        samples = torch.randint(max(1, len(pool["x"])), (share,), **gen)
+        u, n = torch.rand(o.batch, *F.shape, **gen), torch.randn(o.batch, NOISE_DIM, **gen)
         x = run.compute.images(torch.cat([x_src[originals], pool["x"][samples]])[run.mine])
-        y = y_src[torch.cat([originals, pool["source"][samples]])][run.mine]
-
-        if train_M:
+        y, c = (t[torch.cat([originals, pool["source"][samples]])][run.mine] for t in (y_src, c_src))
+        if "M" in trained:
             with run.compute.autocast():
                 output, _ = M(x)
             losses["task"] = degia.task_loss(output, y).mean()
-            run.descend(losses["task"], {opt_M: M})
-        if train_F:
+            run.descend(losses["task"], opt_M)
+        if "F" in trained:
             with run.compute.autocast():
                 shift = F.prior.shift(n)[run.mine]  # normalised over the whole batch, whoever computes it
-                log_p = F.log_prob(degia.flow_view(x, F.shape), y, u[run.mine], shift)
+                log_p = F.log_prob(degia.flow_view(x, F.shape), c, u[run.mine], shift)
             losses["bits_per_dim"] = bits_per_dim(log_p, F.dim).mean()
-            run.descend((-log_p / F.dim).mean(), {opt_F: F}, clip=10.)
+            run.descend((-log_p / F.dim).mean(), opt_F, clip=10.)
         if not run.end_step(losses, save=step in rounds):
             return
     if run.rank == 0:
-        run.finish({"method": o.method}, evaluation.evaluate_degia(
-            run.compute, M if train_M else None, F if train_F else None, domains, run.folder))
+        M, F = trained.get("M"), trained.get("F")
+        run.finish(evaluation.evaluate_degia(run.compute, M, F, domains, run.folder))
 
-def new_samples(o, run, step, M, F, x_src, y_src):
+def new_samples(o, run, step, M, F, x_src, y_src, c_src):
     """The max phase: K steps of ascent on (7) from each image, class by class, as d compares single classes.
     The classes are shared out among the processes; the sum of what each one filled in joins the results."""
-    g = run.generator(step, 1)
-    u = torch.rand(len(x_src), *(F.shape if F else (1,)), generator=g, device=run.device)
-    n = torch.randn(len(x_src), NOISE_DIM, generator=g, device=run.device)
-    eta = o.eta * torch.rand(len(x_src), 1, 1, 1, generator=g, device=run.device)
-    new = torch.zeros_like(x_src)
+    gen, new = run.random(step, 1), torch.zeros_like(x_src)
+    u = torch.rand(len(x_src), *(F.shape if F else (1,)), **gen)
+    n = torch.randn(len(x_src), NOISE_DIM, **gen)
+    eta = o.eta * torch.rand(len(x_src), 1, 1, 1, **gen)
     M.eval()
-    for c in range(run.rank, 10, run.world):
-        rows = torch.nonzero(y_src == c)[:, 0]
-        for part in rows.tensor_split(-(-len(rows) // ASCENT_BATCH)) if len(rows) else ():
-            x, y = run.compute.images(x_src[part]), y_src[part]
+    for one in c_src.unique()[run.rank::run.world]:
+        rows = torch.nonzero(c_src == one)[:, 0]
+        for part in rows.tensor_split(-(-len(rows) // ASCENT_BATCH)):
+            x, y, c = run.compute.images(x_src[part]), y_src[part], c_src[part]
             with run.compute.autocast(), torch.no_grad():
                 feature_src = M(x)[1].float()
                 shift = F.prior.shift(n[part]) if F else None
-
+            @run.compute.autocast()
             def objective(x):
-                with run.compute.autocast():
-                    return degia.max_objective(x, y, y, M, F, feature_src, u[part], shift, o.alpha, o.density)
-
+                return degia.max_objective(x, y, c, M, F, feature_src, u[part], shift, o.alpha, o.density)
             new[part] = data.to_uint8(degia.ascend(x, objective, o.K, eta[part], o.blur))
     M.train()
     if run.world > 1:
@@ -112,26 +105,25 @@ def train_reg(o, run):
     translation = o.similarity == "translation"
 
     for step in range(run.step, o.steps):
-        g, losses, progress = run.generator(step), {}, step / o.steps
-        picked = torch.randint(len(A), (o.batch,), generator=g, device=run.device).to(A.device)
+        gen, losses, progress = run.random(step), {}, step / o.steps
+        g, picked = gen["generator"], torch.randint(len(A), (o.batch,), **gen).to(A.device)
         I_a, I_b = data.augment(*(run.compute.images(I[picked]) * 2 - 1 for I in (A, B)), o.crop, o.deform, g)
         I_a, I_b = I_a[run.mine], I_b[run.mine]
         with run.compute.autocast():
             phi = R(I_a, I_b)
-        moved, fakes = warp.resample(I_a, phi), ()
-        if translation:
-            with run.compute.autocast():
+            moved, fakes = warp.resample(I_a, phi), ()
+            if translation:
                 T_a = T(I_a)
-                O_TR = T(moved)               # register first
-            O_RT = warp.resample(T_a, phi)    # translate first
-            fakes = {"both": (O_RT, O_TR), "translate-first": (O_RT,), "register-first": (O_TR,)}[o.order]
+                O_TR = T(moved)                 # register first
+                O_RT = warp.resample(T_a, phi)  # translate first
+                fakes = {"both": (O_RT, O_TR), "translate-first": (O_RT,), "register-first": (O_TR,)}[o.order]
 
         # ---- (1) max over D of eq. (5): tell I_b from the fakes, given I_a
         if translation and o.gan:
             with run.compute.autocast():
                 real, *fake = (D(I_a, I.detach()) for I in (I_b, *fakes))
             losses["D"] = geomreg.adversarial(real, True) + geomreg.adversarial(torch.cat(fake), False)
-            run.descend(losses["D"], {opt_D: D})
+            run.descend(losses["D"], opt_D)
             D.requires_grad_(False)  # the fakes' own wish belongs to (2)
             with run.compute.autocast():
                 losses["gan"] = sum(geomreg.adversarial(D(I_a, O), True) for O in fakes)
@@ -143,66 +135,68 @@ def train_reg(o, run):
         losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
         measure, seen = (o.match, fakes) if translation else (o.similarity, (moved,))
         distances = [geomreg.distance(measure, I, I_b, o.window, scales) for I in seen]
-        losses["recon"] = 2 * sum(distances) / len(distances)  # a single order pulls as hard as two
+        losses["recon"] = 2 * sum(distances) / len(seen)  # a single order pulls as hard as two
         if translation and o.practice:  # not in the paper: find a known field between A and T's picture of it
             known = warp.random_field(o.batch, I_a.shape[-2:], *data.MISALIGNED, g)[run.mine]
-            light = torch.randn(2, o.batch, 1, 1, 1, generator=g, device=run.device)[:, run.mine]
+            light = torch.randn(2, o.batch, 1, 1, 1, **gen)[:, run.mine]
             picture = warp.resample(T_a.detach(), known, "border") * (1 + .3 * light[0]) + .2 * light[1]
             with run.compute.autocast():
-                guess = R(I_a, picture)
-            losses["practice"] = warp.length(guess - known).mean() / o.width  # picture = R_S(T_a, known)
+                guess = R(I_a, picture)  # picture = R_S(T_a, known)
+            losses["practice"] = warp.length(guess - known).mean() / o.width
         weights = {"gan": o.gan, "recon": o.recon, "smooth": stiff, "practice": o.practice}
-        run.descend(sum(weight * losses[name] for name, weight in weights.items() if name in losses),
-                    {opt_R: R, opt_T: T} if translation else {opt_R: R}, clip=10.)
+        loss = sum(weight * losses[name] for name, weight in weights.items() if name in losses)
+        run.descend(loss, *[opt_R, opt_T] if translation else [opt_R], clip=10.)
         if run.rank == 0 and step % max(1, o.steps // 5) == 0:
             evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
         if not run.end_step(losses):
             return
     if run.rank == 0:
-        run.finish({"order": o.order, "similarity": o.similarity},
-                   evaluation.evaluate_reg(run.compute, R, pairs, run.folder))
+        run.finish(evaluation.evaluate_reg(run.compute, R, pairs, run.folder))
 
 # ---------------------------------------------------------------- options
-def option(default, text, low=None, high=float("inf"), paper=None):
-    """A field of an options dataclass: default, help line, allowed range or tuple, the paper's value."""
+def option(default, text, low=None, high=float("inf"), paper=None, hands=None):
+    """An option: default, help, allowed range or tuple; the default of --paper, that of --task hands."""
     choices, low = (low, None) if isinstance(low, tuple) else (None, low)
-    about = {"help": text, "low": low, "high": high, "choices": choices, "paper": paper}
-    return field(default_factory=lambda: default, metadata=about)
+    return dataclasses.field(default_factory=lambda: default, metadata={
+        "help": text, "choices": choices, "low": low, "high": high, "paper": paper, "hands": hands})
 
-@dataclass
+@dataclasses.dataclass
 class Common:
     out: str = option("", "run folder; if not given, runs/ and the task")
     seed: int = option(0, "seed of the data, the networks and every step", 0, 400_000)
     dtype: str = option("auto", "auto: bf16 where it is fast", ("auto", "bf16", "f32"))
     stop_after: int = option(0, "stop early on purpose after this many steps; 0: do not", 0)
-
-@dataclass
+@dataclasses.dataclass
 class Degia(Common):
+    task: str = option("digits", "recognise digits, or find the landmarks of hands", ("digits", "hands"))
+    backbone: str = option("lenet", "M", ("lenet", "alexnet", "vgg", "resnet", "densenet"))
+    M_width: int = option(64, "channels of M", 1, hands=32)
+    classes: int = option(8, "hands: clusters of poses, the classes of F", 1)
     method: str = option("degia", "the paper's; a CNN alone; ascent without F; F alone", tuple(degia.TRAINED))
     look: str = option("source", "look of the training digits", tuple(data.LOOKS))
     data: str = option("embedded", "'embedded' or a folder with MNIST")
     unseen: list = option([], "folders measured at the end: MNIST-M, or photographs to make it from")
     validate: bool = option(False, "to choose settings: measure on held-out digits and development looks")
-    train: int = option(10_000, "number of training images", 10)
-    size: int = option(32, "side of the images", 16)
-    steps: int = option(900, "steps of the min phase", 1)
-    batch: int = option(128, "images per step, over all processes", 2, paper=128)
+    train: int = option(10_000, "number of training images", 10, hands=3000)
+    size: int = option(32, "side of the images", 16, hands=64)
+    steps: int = option(900, "steps of the min phase", 1, hands=1200)
+    batch: int = option(128, "images per step, over all processes", 2, paper=128, hands=64)
     lr: float = option(5e-4, "learning rate of M; linear to 0 over the second half", 0, paper=1e-4)
     flow_lr: float = option(3e-3, "the same for F", 0, paper=1e-4)
     rounds: int = option(5, "max phases, spread over training", 0)
-    beta: float = option(.2, "share of the training images that a max phase starts from", 1e-4, 1, paper=.2)
+    beta: float = option(.2, "share of the training images that start a max phase", 1e-4, 1, .2, hands=1 / 6)
+    share: float = option(.5, "share of new samples in each batch, once there are any", 0, 1, hands=.125)
     K: int = option(5, "ascent steps of a max phase", 1)
-    eta: float = option(.4, "largest root mean square change of an ascent step; each image draws its own", 0)
-    blur: int = option(5, "side of the mean that smooths the ascent's gradient", (1, 3, 5, 7, 9))
+    eta: float = option(.4, "largest root mean square change of an ascent step, of each image", 0, hands=.2)
+    blur: int = option(5, "side of the mean that smooths the gradient", (1, 3, 5, 7, 9), hands=9)
     alpha: float = option(1., "weight of the two distances in (7)", 0, paper=1.)
     density: float = option(1., "weight of -log p in (7)", 0)
     gamma: float = option(1., "scale of the class means in (8)", 0)
     lam: float = option(.1, "scale lambda of the noise shift in (8)", 0, paper=.1)
-    flow_size: int = option(8, "side of the image that F sees", 4)
+    flow_size: int = option(8, "side of the image that F sees", 4, hands=4)
     flow_channels: int = option(3, "3: F sees colours; 1: their mean", (1, 3))
     flow_steps: int = option(4, "couplings per scale of F", 1)
-
-@dataclass
+@dataclasses.dataclass
 class Reg(Common):
     data: str = option("embedded", "'embedded' or a folder with pairs: train/A, train/B, test/A, test/B")
     modality: str = option("ir", "B of the embedded plants", ("ir", "depth"))
@@ -212,7 +206,7 @@ class Reg(Common):
     crop: float = option(0., "augmentation: largest share of a pair that is cut off", 0, .9)
     deform: float = option(0., "augmentation: bend of one more random field of A, share of its size", 0, .5)
     registration: str = option("pyramid", "R: coarse to fine, or paper's", ("pyramid", "unet"), paper="unet")
-    similarity: str = option("translation", "what R learns from: T, or a classical measure", SIMILARITIES)
+    similarity: str = option("translation", "R's teacher", ("translation", "ncc", "ncc-edges", "ssim-edges"))
     order: str = option("both", "which order is trained", ("both", "register-first", "translate-first"))
     steps: int = option(2000, "training steps", 1)
     batch: int = option(16, "pairs per step, over all processes", 1, paper=12)
@@ -229,32 +223,29 @@ class Reg(Common):
     T_width: int = option(16, "channels of T", 1, paper=64)
     T_blocks: int = option(0, "residual blocks of T, at 1/4 of the size; 0: two convolutions", 0, paper=9)
     D_width: int = option(16, "channels of D", 1, paper=64)
-
-def flag(name):
-    return "--" + name.replace("_", "-")
-
 def parse(argv):
     """The options, whether to resume, the options given explicitly. ValueError for one out of range."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    tasks = parser.add_subparsers(dest="task", required=True)
+    tasks = parser.add_subparsers(dest="command", required=True)
     for name, (kind, _) in TASKS.items():
-        sub = tasks.add_parser(name, allow_abbrev=False)
+        sub = tasks.add_parser(name, allow_abbrev=False, argument_default=argparse.SUPPRESS)
         sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
         sub.add_argument("--paper", action="store_true", help="the paper's values, where it states them")
         for f in dataclasses.fields(kind):
-            about, how = f.metadata, {bool: {"action": "store_true"}, list: {"nargs": "+"}}
-            how = how.get(f.type, {"type": f.type, "choices": about["choices"]})
-            paper = "" if about["paper"] is None else f"; paper {about['paper']}"
-            sub.add_argument(flag(f.name), dest=f.name, default=argparse.SUPPRESS, **how,
-                             help=f"{about['help']} (default {f.default_factory()}{paper})")
+            how = {bool: {"action": "store_true"}, list: {"nargs": "+"}}
+            how = how.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
+            other = "".join(f"; {k} {f.metadata[k]}" for k in ("paper", "hands") if f.metadata[k] is not None)
+            text = f"{f.metadata['help']} (default {f.default_factory()}{other})"
+            sub.add_argument(f"--{f.name}".replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args(argv))
-    task, resume, paper = (given.pop(name) for name in ("task", "resume", "paper"))
+    task, resume, paper = (given.pop(name, False) for name in ("command", "resume", "paper"))
     about = {f.name: f.metadata for f in dataclasses.fields(TASKS[task][0])}
-    stated = {name: m["paper"] for name, m in about.items() if paper and m["paper"] is not None}
+    wanted = ["hands"] * (given.get("task") == "hands") + ["paper"] * paper
+    stated = {name: m[kind] for kind in wanted for name, m in about.items() if m[kind] is not None}
     o = TASKS[task][0](**{"out": f"runs/{task}", **stated, **given})
-    for name, m in about.items():
-        if m["low"] is not None and not m["low"] <= getattr(o, name) <= m["high"]:
-            raise ValueError(f"{flag(name)} {getattr(o, name)}: must be from {m['low']} to {m['high']}")
+    for (name, m), value in zip(about.items(), vars(o).values()):
+        if m["low"] is not None and not m["low"] <= value <= m["high"]:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be from {m['low']} to {m['high']}")
     return o, resume, given
 
 # ---------------------------------------------------------------- one run: processes, log, checkpoint
@@ -269,14 +260,15 @@ class Run:
         self.compute = evaluation.Compute(o.dtype)
         self.device = self.compute.device
         torch.manual_seed(o.seed)  # for the networks' first values
-        if self.world > 1 and not dist.is_initialized():
+        if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         begun = checkpoint or {"step": 0, "seconds": 0., "log": []}
         self.step, self.rows, self.history, self.saved = begun["step"], begun["log"], [], time.time()
         self.began = self.saved - begun["seconds"]
-    def generator(self, step, stream=0):
-        """The source of all that is random in a step; streams: 0 its batch, 1 its max phase, 2 the start."""
-        return torch.Generator(self.device).manual_seed((self.o.seed * 10 ** 8 + step) * 4 + stream)
+    def random(self, step, stream=0):
+        """For torch.rand and the like in a step; streams: 0 its batch, 1 its max phase, 2 the start."""
+        generator = torch.Generator(self.device).manual_seed((self.o.seed * 10 ** 8 + step) * 4 + stream)
+        return {"generator": generator, "device": self.device}
     def start(self, parts, extra):
         """Load the checkpoint, if any, into networks, optimizers and `extra` tensors; make the run folder."""
         self.parts, self.extra = parts, extra
@@ -285,25 +277,25 @@ class Run:
                 part.load_state_dict(self.checkpoint["state"][name])
             extra.update({name: t.to(self.device) for name, t in self.checkpoint["extra"].items()})
         for part in parts.values() if self.world > 1 else ():
-            for t in part.state_dict().values() if isinstance(part, torch.nn.Module) else ():
+            for t in filter(torch.is_tensor, part.state_dict().values()):  # of the networks
                 dist.broadcast(t, 0)
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(dataclasses.asdict(self.o), indent=1) + "\n")
+            (self.folder / "config.json").write_text(json.dumps(vars(self.o), indent=1) + "\n")
             self.save()
-    def descend(self, loss, players, clip=None):
-        """A step of each optimizer of {optimizer: network}; gradients are averaged over the processes."""
-        for optimizer in players:
+    def descend(self, loss, *optimizers, clip=None):
+        """A step of each optimizer; gradients are averaged over the processes."""
+        for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
-        for optimizer, net in players.items():
-            for p in net.parameters() if self.world > 1 else ():
+        for optimizer in optimizers:
+            group = optimizer.param_groups[0]
+            for p in group["params"] if self.world > 1 else ():
                 dist.all_reduce(p.grad)
                 p.grad /= self.world
             if clip:
-                torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
-            decay = min(1., 2 - 2 * self.step / self.o.steps)  # constant, then linear to 0
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * decay
+                torch.nn.utils.clip_grad_norm_(group["params"], clip)
+            group["lr"] = optimizer.defaults["lr"] * min(1., 2 - 2 * self.step / self.o.steps)
             optimizer.step()
     def end_step(self, losses, save=False):
         """Log means, check and save when it is time; False if the run is to stop before its end."""
@@ -313,39 +305,35 @@ class Run:
         save = save or stop or self.step == self.o.steps
         if not save and self.step % max(1, min(50, self.o.steps // 100)):
             return True
-        values, names, self.history = torch.stack(self.history).float(), list(losses), []
+        values, self.history = torch.stack(self.history).float(), []
         if self.world > 1:
             dist.all_reduce(values)
         values = values.cpu() / self.world
         for row, column in torch.nonzero(~values.isfinite()).tolist():
-            raise ValueError(f"step {self.step - len(values) + row + 1}: loss {names[column]} is "
+            raise ValueError(f"step {self.step - len(values) + row + 1}: loss {list(losses)[column]} is "
                              f"{values[row, column]}; lower its learning rate and start again")
         if self.rank == 0:
-            means, seconds = dict(zip(names, values.mean(0).tolist())), time.time() - self.began
+            means, seconds = dict(zip(losses, values.mean(0).tolist())), time.time() - self.began
             self.rows.append({"step": self.step, **means, "seconds": seconds})
             evaluation.write_csv(self.rows, self.folder / "log.csv")
-            print(f"step {self.step:6d}/{self.o.steps}  "
-                  + "  ".join(f"{name} {value:8.4f}" for name, value in means.items()) + f"  {seconds:6.0f} s"
-                  f"  {seconds * (self.o.steps / self.step - 1):6.0f} s left", flush=True)
+            shown = "  ".join(f"{name} {mean:8.4f}" for name, mean in means.items())
+            ended, left = f"step {self.step:6d}/{self.o.steps}", seconds * (self.o.steps / self.step - 1)
+            print(f"{ended}  {shown}  {seconds:6.0f} s  {left:6.0f} s left", flush=True)
             if save or time.time() - self.saved > 60:
                 self.save()
-            if stop:
-                print(f"stopped after step {self.step} as --stop-after asks; go on with --resume")
         return not stop
     def save(self):
         """Write the checkpoint under a temporary name, then move it: at any moment there is a whole one."""
         self.saved = time.time()
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        for name, part in state.items():
-            if not all(t.isfinite().all() for t in part.values() if torch.is_tensor(t)):
-                raise ValueError(f"step {self.step}: {name} is not finite; lower its rate and start again")
         torch.save({"format": evaluation.FORMAT, "task": self.task, "step": self.step, "log": self.rows,
-                    "seconds": self.saved - self.began, "config": dataclasses.asdict(self.o),
-                    "extra": self.extra, "state": state}, self.folder / "checkpoint.part")
+                    "seconds": self.saved - self.began, "config": vars(self.o), "extra": self.extra,
+                    "state": state}, self.folder / "checkpoint.part")
         os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
-    def finish(self, about, measured):
+    def finish(self, measured):
         """Write results.json and the curves, print the table."""
-        results = {"task": self.task, **about, "seed": self.o.seed, "steps": self.step,
+        about = {name: vars(self.o)[name] for name in evaluation.ABOUT if name in vars(self.o)}
+        results = {"task": self.task, **about, "steps": self.step,
                    "seconds": round(time.time() - self.began, 1), **measured}
         (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
         evaluation.plot(self.rows, self.folder / "curves.png")
@@ -357,11 +345,11 @@ def main(argv):
     task, folder, checkpoint = type(o).__name__.lower(), Path(o.out), None
     if resume:
         checkpoint = evaluation.load_checkpoint(folder, task)
-        other = [flag(name) for name, value in given.items()
-                 if name not in ("out", "stop_after") and checkpoint["config"][name] != value]
+        config = {**checkpoint["config"], "out": o.out, "stop_after": o.stop_after}
+        other = ", ".join(f"--{name}" for name, value in given.items() if config[name] != value)
         if other:
-            raise ValueError(f"{folder}: was started with another {', '.join(other)}; leave it out")
-        o = type(o)(**{**checkpoint["config"], "out": o.out, "stop_after": o.stop_after})
+            raise ValueError(f"{folder}: was started with another {other.replace('_', '-')}; leave it out")
+        o = type(o)(**config)
     elif (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
     TASKS[task][1](o, Run(o, checkpoint))
