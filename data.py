@@ -204,7 +204,7 @@ def make_plants(n, size, seed, modality="ir"):
 
 # ---------------------------------------------------------------- embedded hands
 def hand_bones(n, size, gen):
-    """The bones of n random right hands, open or bent, seen from the palm, in pixels: start and end
+    """The bones of n random left hands, open or bent, palm to the camera, in pixels: start and end
     (n,22,2,3), x right, y down, z to the camera, and radius (n,22): five of the palm, two of the arm, three
     of each finger. The landmarks, joints of four fingers and a thumb tip, lie in a square of side `size`."""
     rand, between, _ = noise(n, gen)
@@ -298,10 +298,10 @@ def as_tensor(image, size):
     image = np.array(image.resize(size[::-1], Image.Resampling.BILINEAR))
     return torch.from_numpy(image.reshape(*size, -1)).permute(2, 0, 1)
 def list_images(folder):
-    """{stem: path} of the images in a folder, sorted. ValueError if there is none."""
+    """{stem: path} of the images in a folder, sorted. ValueError if there is none, or two of a stem."""
     files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
     if not files or len(files) != len({p.stem for p in files}):
-        raise ValueError(f"{folder}: holds no image ({', '.join(sorted(IMAGE_SUFFIXES))}) or two of one name")
+        raise ValueError(f"{folder}: holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}) or two of a stem")
     return {p.stem: p for p in files}
 
 def cached_images(files, size, cache, reading=(3, 0., 65535.)):
@@ -322,6 +322,8 @@ def cached_images(files, size, cache, reading=(3, 0., 65535.)):
             partial.replace(target)
         finally:  # a decoding that fails leaves nothing behind
             partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                target.parent.rmdir()  # of a new run
     return torch.from_numpy(np.load(target, mmap_mode="c"))
 def inspect(files):
     """What the headers say: sizes (N,2) as width, height, and the last arguments of `open_image`: 3 channels
@@ -337,7 +339,7 @@ def inspect(files):
     return np.array(sizes), (channels, *np.percentile(np.hstack(deep or [0, 65535]), (.5, 99.5)).tolist())
 def read_landmarks(table, columns, sizes):
     """{stem: rows} of a csv `name,columns`: pixel coordinates as shares of sizes {stem: (width, ...)}."""
-    found, lines = {stem: [] for stem in sizes}, table.read_text().splitlines()
+    found, lines = {stem: [] for stem in sizes}, table.read_text("utf-8-sig", "replace").rstrip().splitlines()
     if len(lines) < 2 or lines[0].replace(" ", "") != f"name,{columns}":
         raise ValueError(f"{table}: its first line must be name,{columns}, then a line per point; correct it")
     for number, line in enumerate(lines[1:], 2):
@@ -448,7 +450,7 @@ def add_unseen(o, domains, read):
     """The domains, and those in the folders --unseen, as `read` gives them."""
     for folder in (Path(folder).resolve() for folder in o.unseen):
         if folder.name in domains or o.validate:
-            raise ValueError(f"{folder}: a second domain of its name, or with --validate; leave it out")
+            raise ValueError(f"{folder}: a second domain of its name, rename it; or drop --validate")
         domains[folder.name] = read(folder)
     return domains
 def load_digits(o, cache):

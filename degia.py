@@ -15,7 +15,7 @@ from flows import Flow, gaussian_w2
 
 TRAINED = {"degia": "MF", "pure": "M", "ada": "M", "flow": "F"}  # which networks a method trains
 
-# ---------------------------------------------------------------- backbones, of w channels in the first layer
+# ---------------------------------------------------------------- backbones, w: their width
 def conv(c_in, c_out, kernel=3, stride=1, norm=False):
     """A convolution that keeps the size (over the stride), GroupNorm if asked for, ReLU."""
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=not norm),
@@ -48,7 +48,7 @@ def layers_of(backbone, w):
     if backbone == "alexnet":  # a large first kernel with a stride, overlapping pools
         return [conv(3, w, 11, 2), third, conv(w, 3 * w, 5), third, conv(3 * w, 6 * w), conv(6 * w, 4 * w),
                 conv(4 * w, 4 * w), third, *ending(4 * w, 4)]
-    if backbone == "vgg":  # stacks of 3x3 convolutions, twice the channels at half the size (VGG-11)
+    if backbone == "vgg":  # stacks of 3x3 convolutions (VGG-11 less its last stack)
         return [conv(3, w), half, conv(w, 2 * w), half, conv(2 * w, 4 * w), conv(4 * w, 4 * w), half,
                 conv(4 * w, 8 * w), conv(8 * w, 8 * w), half, *ending(8 * w, 4)]
     if backbone == "resnet":  # four stages of two basic blocks (ResNet-18)

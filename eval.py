@@ -1,4 +1,4 @@
-"""Measure a trained run, draw its pictures, apply it to your own images: see `python eval.py --help`."""
+"""Measure a trained run, draw its pictures, apply it to your own images: `eval.py RUN --images a.png`."""
 import argparse, os, sys
 from pathlib import Path
 import numpy as np
@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data, degia, geomreg, warp
 from flows import bits_per_dim
 
-FORMAT = "degia and geomreg, 3"
+FORMAT = "degia and geomreg, 4"
 ABOUT = ("method", "backbone", "order", "similarity", "seed")  # options that a table of results names
 
 # ---------------------------------------------------------------- pictures
@@ -49,10 +49,9 @@ def plot(rows, path, width=460, height=260):
         y = bottom - (bottom - top) * (values.clip(max=high) - low) / max(high - low, 1e-9)
         pen.rectangle((left, top, right, bottom), outline=(170, 170, 170))
         pen.line([*zip(x, y)], fill=(31, 119, 180), width=2, joint="curve")
-        pen.text((left, 10), f"{name}   last {values[-1]:.4g}", "black")
-        pen.text((left - 56, top - 6), f"{high:.4g}", "black")
-        pen.text((left - 56, bottom - 10), f"{low:.4g}", "black")
-        pen.text((right - 70, bottom + 6), f"step {last}", "black")
+        for x, y, text in ((left, 10, f"{name}   last {values[-1]:.4g}"), (left - 56, top - 6, f"{high:.4g}"),
+                           (left - 56, bottom - 10, f"{low:.4g}"), (right - 70, bottom + 6, f"step {last}")):
+            pen.text((x, y), text, "black")
     sheet.save(path)
 
 # ---------------------------------------------------------------- measures
@@ -78,8 +77,9 @@ class Compute:
 def predict(M, images, compute):
     """M's output (N,outputs) for uint8 images (N,3,S,S)."""
     M.eval()
+    parts = images.split(max(1, 2 ** 21 // images.shape[-1] ** 2))
     with compute.autocast():
-        return torch.cat([M(compute.images(part))[0].float().cpu() for part in images.split(500)])
+        return torch.cat([M(compute.images(part))[0].float().cpu() for part in parts])
 def scores(output, y, size):
     """Accuracy of digits in percent; of landmarks MSE (of shares), pixels, PCK: percentage within 5 %."""
     if not y.is_floating_point():
@@ -134,8 +134,7 @@ def find_field(R, A, B, compute):
         return R.eval()(I_a, I_b), I_a, I_b
 
 def landmark_errors(R, pairs, compute, most=10 ** 6):
-    """Eq. (7): mean distance of landmarks in pixels before and after, {"salient", "scene"} as far as the data
-    know them, mean over pairs; the share of pixels where the field folds; the last field with its images."""
+    """Eq. (7): mean landmark distance in pixels before and after, share of folded pixels, last field."""
     distances, folded = [], []
     for part in torch.arange(min(len(pairs.A), most)).split(25):
         phi, I_a, I_b = find_field(R, pairs.A[part], pairs.B[part], compute)
@@ -184,7 +183,7 @@ def print_table(results):
     print("\n" + ", ".join(f"{name} {value}" for name, value in results.items() if name not in tables))
     for name, numbers in {**tables.pop("domains", {}), **tables}.items():
         known = {measure: value for measure, value in numbers.items() if value is not None}
-        print(f"  {name:17s}" + "".join(f"  {measure} {value:8.3f}" for measure, value in known.items()))
+        print(f"  {name:17s}" + "".join(f"  {measure} {value:8.5f}" for measure, value in known.items()))
 
 # ---------------------------------------------------------------- a run folder
 def load_checkpoint(folder, task=None):
@@ -200,24 +199,24 @@ def load_checkpoint(folder, task=None):
     return content
 def read_files(o, compute, M, files, folder):
     """Print the digit in each file; or write its landmarks, in pixels, and it warped onto the mean pose."""
-    pictures, names = [data.open_image(file) for file in files], [Path(file).name for file in files]
-    images = torch.stack([data.as_tensor(picture, (o.size, o.size)) for picture in pictures])
-    output, rows, points, table = predict(M, images, compute), [[image / 255] for image in images], [], []
+    pictures = [data.open_image(file, 3, *data.inspect([file])[1][1:]) for file in files]
+    images, names = [data.as_tensor(p, (o.size, o.size)) for p in pictures], [Path(f).name for f in files]
+    output, rows, dots, table = predict(M, torch.stack(images), compute), [[x / 255] for x in images], [], []
     if o.task == "digits":
         digits = output.argmax(1).tolist()
-        print("\n".join(f"{file}: {digit}" for file, digit in zip(files, digits)))
+        print(*(f"{f}: {d}" for f, d in zip(files, digits)), f"written: {folder}/images.png", sep="\n")
         return grid(rows, names, folder / "images.png", 4, [[(str(digit), True)] for digit in digits])
     template, columns = M.template.cpu().view(17, 2), [f"{axis}{i}" for i in range(17) for axis in "xy"]
     for name, picture, row, found in zip(names, pictures, rows, output.view(-1, 17, 2)):
         p, goal = (pose * torch.tensor(picture.size) for pose in (found, template))
         matrix = similarity(goal, p).flatten().tolist()  # as `transform` asks: from new places to old ones
         aligned = picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-        aligned.save(folder / f"{Path(name).stem}_aligned.png")
+        aligned.save(folder / f"{len(table)}_{Path(name).stem}_aligned.png")
         row.append(data.as_tensor(aligned, (o.size, o.size)) / 255)
-        points.append([((), found.tolist()), (template.tolist(), ())])
+        dots.append([((), found.tolist()), (template.tolist(), ())])
         table.append({"name": name, **dict(zip(columns, (p - .5).flatten().tolist()))})
     write_csv(table, folder / "landmarks.csv")
-    grid(rows, names, folder / "images.png", 4, points=points)
+    grid(rows, names, folder / "images.png", 4, points=dots)
     print(f"written: {folder}/images.png, landmarks.csv and *_aligned.png")
 def similarity(p, q):
     """Matrix (2,3) of the turn, scaling and shift that takes points p (N,2) closest to q in least squares."""
@@ -254,7 +253,7 @@ def exit_on_bad_input(main):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("run", help="folder of a trained run")
-    parser.add_argument("--data", help="measure on this data instead of the run's own")
+    parser.add_argument("--data", help="measure on this data (of hands on every 10th image; --unseen: all)")
     parser.add_argument("--unseen", nargs="+", help="measure on these unseen domains")
     parser.add_argument("--images", nargs="+", help="apply the run to these image files")
     return parser.parse_args(argv)

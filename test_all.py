@@ -207,7 +207,6 @@ def hands(folder, *rows):
     rows = "name," + ",".join(f"x{i},y{i}" for i in range(17)), *rows
     (folder / "landmarks.csv").write_text("\n".join(rows))
     return folder
-
 def user_folder(folder, cut=None, label=None, table="0.png 3,1.png 1,2.png 4",
                 points="name,xa,ya,xb,yb a0,3,4,5,6 a1,23,19,0,0", no_image="A/notes.txt"):
     """40 digits as MNIST, red images as MNIST-M, pairs: A 24x20, colours, B twice as large, 16-bit, grey."""
@@ -350,8 +349,8 @@ def test_eval_repeats_the_numbers_of_a_run_and_reads_the_users_files(tmp_path, c
         evaluation.main([str(word) for word in words])
     printed = capsys.readouterr().out
     for name, numbers in degia_run["results"]["domains"].items():
-        assert re.search(rf"{name} +accuracy +{numbers['accuracy']:.3f}", printed)
-    assert re.search(rf" registered +scene +{registered['scene']:.3f}", printed)
+        assert re.search(rf"{name} +accuracy +{numbers['accuracy']:.5f}", printed)
+    assert re.search(rf" registered +scene +{registered['scene']:.5f}", printed)
     assert re.search(r"a1.png: \d", printed) and (run / "images.png").exists()
     found = [line.split(",") for line in (hand / "landmarks.csv").read_text().splitlines()]
     assert found[0][34] == "y16" and found[1][0] == "a1.png" and 0 < float(found[1][1]) < 24

@@ -14,12 +14,13 @@ import data, degia, geomreg, warp
 import eval as evaluation
 from flows import NOISE_DIM, bits_per_dim
 
-ASCENT_BATCH = 256  # at most so many images of a class ascend together; P_x of eq. (7) is theirs
 
 # ---------------------------------------------------------------- DeGIA: the min/max loop
 def train_degia(o, run):
     """Minimize (5) over M and F on a growing training set; maximize (7) over images, which grows it."""
     x_src, y_src, domains = data.LOADERS[o.task](o, run.folder)
+    if len(x_src) < 2:
+        raise ValueError(f"{o.data}: {len(x_src)} images to train on; add some")
     M, F = degia.build(o)
     if o.task == "hands":
         M.template, F.poses = y_src.mean(0), degia.k_means(y_src, o.classes)
@@ -78,7 +79,7 @@ def new_samples(o, run, step, M, F, x_src, y_src, c_src):
     M.eval()
     for one in c_src.unique()[run.rank::run.world]:
         rows = torch.nonzero(c_src == one)[:, 0]
-        for part in rows.tensor_split(-(-len(rows) // ASCENT_BATCH)):
+        for part in rows.tensor_split(-(-len(rows) // 256)):  # P_x of eq. (7) is that of a part
             x, y, c = run.compute.images(x_src[part]), y_src[part], c_src[part]
             with run.compute.autocast(), torch.no_grad():
                 feature_src = M(x)[1].float()
@@ -162,30 +163,30 @@ def option(default, text, low=None, high=float("inf"), paper=None, hands=None):
 
 @dataclasses.dataclass
 class Common:
-    out: str = option("", "run folder; if not given, runs/ and the task")
+    out: str = option("", "run folder; if not given, runs/degia or runs/reg")
     seed: int = option(0, "seed of the data, the networks and every step", 0, 400_000)
     dtype: str = option("auto", "auto: bf16 where it is fast", ("auto", "bf16", "f32"))
     stop_after: int = option(0, "stop early on purpose after this many steps; 0: do not", 0)
 @dataclasses.dataclass
 class Degia(Common):
     task: str = option("digits", "recognise digits, or find the landmarks of hands", ("digits", "hands"))
-    backbone: str = option("lenet", "M", ("lenet", "alexnet", "vgg", "resnet", "densenet"))
+    backbone: str = option("lenet", "layers of M", ("lenet", "alexnet", "vgg", "resnet", "densenet"))
     M_width: int = option(64, "channels of M", 1, hands=32)
     classes: int = option(8, "hands: clusters of poses, the classes of F", 1)
     method: str = option("degia", "the paper's; a CNN alone; ascent without F; F alone", tuple(degia.TRAINED))
-    look: str = option("source", "look of the training digits", tuple(data.LOOKS))
-    data: str = option("embedded", "'embedded' or a folder with MNIST")
-    unseen: list = option([], "folders measured at the end: MNIST-M, or photographs to make it from")
-    validate: bool = option(False, "to choose settings: measure on held-out digits and development looks")
+    look: str = option("source", "digits: the look to train on", tuple(data.LOOKS))
+    data: str = option("embedded", "'embedded', a folder with MNIST, or hands: images/ and landmarks.csv")
+    unseen: list = option([], "folders measured at the end: MNIST-M or photographs; landmarks")
+    validate: bool = option(False, "to choose settings: measure held-out images in development looks")
     train: int = option(10_000, "number of training images", 10, hands=3000)
-    size: int = option(32, "side of the images", 16, hands=64)
-    steps: int = option(900, "steps of the min phase", 1, hands=1200)
+    size: int = option(32, "side of the images (of hands in the paper: 256)", 16, hands=64)
+    steps: int = option(900, "steps of the min phase", 1, hands=1600)
     batch: int = option(128, "images per step, over all processes", 2, paper=128, hands=64)
     lr: float = option(5e-4, "learning rate of M; linear to 0 over the second half", 0, paper=1e-4)
     flow_lr: float = option(3e-3, "the same for F", 0, paper=1e-4)
     rounds: int = option(5, "max phases, spread over training", 0)
-    beta: float = option(.2, "share of the training images that start a max phase", 1e-4, 1, .2, hands=1 / 6)
-    share: float = option(.5, "share of new samples in each batch, once there are any", 0, 1, hands=.125)
+    beta: float = option(.2, "share of the training images that start a max phase", 1e-4, 1, hands=1 / 6)
+    share: float = option(.5, "share of new samples in each batch, once there are any", 0, 1, hands=1 / 16)
     K: int = option(5, "ascent steps of a max phase", 1)
     eta: float = option(.4, "largest root mean square change of an ascent step, of each image", 0, hands=.2)
     blur: int = option(5, "side of the mean that smooths the gradient", (1, 3, 5, 7, 9), hands=9)
@@ -242,7 +243,7 @@ def parse(argv):
     about = {f.name: f.metadata for f in dataclasses.fields(TASKS[task][0])}
     wanted = ["hands"] * (given.get("task") == "hands") + ["paper"] * paper
     stated = {name: m[kind] for kind in wanted for name, m in about.items() if m[kind] is not None}
-    o = TASKS[task][0](**{"out": f"runs/{task}", **stated, **given})
+    o = TASKS[task][0](**{"out": f"runs/{task}", **stated, **({"size": 256} if wanted[1:] else {}), **given})
     for (name, m), value in zip(about.items(), vars(o).values()):
         if m["low"] is not None and not m["low"] <= value <= m["high"]:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be from {m['low']} to {m['high']}")
@@ -356,7 +357,6 @@ def main(argv):
     if dist.is_initialized():
         dist.barrier()  # gloo now and then aborts a process that leaves while another one works
         dist.destroy_process_group()
-
 TASKS = {"degia": (Degia, train_degia), "reg": (Reg, train_reg)}
 
 if __name__ == "__main__":
