@@ -200,23 +200,23 @@ def load_checkpoint(folder, task=None):
 def read_files(o, compute, M, files, folder):
     """Print the digit in each file; or write its landmarks, in pixels, and it warped onto the mean pose."""
     pictures = [data.open_image(file, 3, *data.inspect([file])[1][1:]) for file in files]
-    images, names = [data.as_tensor(p, (o.size, o.size)) for p in pictures], [Path(f).name for f in files]
-    output, rows, dots, table = predict(M, torch.stack(images), compute), [[x / 255] for x in images], [], []
+    output = predict(M, torch.stack([data.as_tensor(p, (o.size, o.size)) for p in pictures]), compute)
+    rows, names = [[data.as_tensor(p, (256, 256)) / 255] for p in pictures], [Path(f).name for f in files]
     if o.task == "digits":
         digits = output.argmax(1).tolist()
         print(*(f"{f}: {d}" for f, d in zip(files, digits)), f"written: {folder}/images.png", sep="\n")
-        return grid(rows, names, folder / "images.png", 4, [[(str(digit), True)] for digit in digits])
+        return grid(rows, names, folder / "images.png", 1, [[(str(digit), True)] for digit in digits])
     template, columns = M.template.cpu().view(17, 2), [f"{axis}{i}" for i in range(17) for axis in "xy"]
+    dots, table = [[((), found), (template.tolist(), ())] for found in output.view(-1, 17, 2).tolist()], []
     for name, picture, row, found in zip(names, pictures, rows, output.view(-1, 17, 2)):
         p, goal = (pose * torch.tensor(picture.size) for pose in (found, template))
         matrix = similarity(goal, p).flatten().tolist()  # as `transform` asks: from new places to old ones
         aligned = picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
         aligned.save(folder / f"{len(table)}_{Path(name).stem}_aligned.png")
-        row.append(data.as_tensor(aligned, (o.size, o.size)) / 255)
-        dots.append([((), found.tolist()), (template.tolist(), ())])
+        row.append(data.as_tensor(aligned, (256, 256)) / 255)
         table.append({"name": name, **dict(zip(columns, (p - .5).flatten().tolist()))})
     write_csv(table, folder / "landmarks.csv")
-    grid(rows, names, folder / "images.png", 4, points=dots)
+    grid(rows, names, folder / "images.png", 1, points=dots)
     print(f"written: {folder}/images.png, landmarks.csv and *_aligned.png")
 def similarity(p, q):
     """Matrix (2,3) of the turn, scaling and shift that takes points p (N,2) closest to q in least squares."""
