@@ -77,7 +77,7 @@ class Compute:
 def predict(M, images, compute):
     """M's output (N,outputs) for uint8 images (N,3,S,S)."""
     M.eval()
-    parts = images.split(max(1, 2 ** 21 // images.shape[-1] ** 2))
+    parts = images.split(max(1, 2 ** 19 // images.shape[-1] ** 2))
     with compute.autocast():
         return torch.cat([M(compute.images(part))[0].float().cpu() for part in parts])
 def scores(output, y, size):
