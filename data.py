@@ -301,7 +301,7 @@ def list_images(folder):
     """{stem: path} of the images in a folder, sorted. ValueError if there is none, or two of a stem."""
     files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
     if not files or len(files) != len({p.stem for p in files}):
-        raise ValueError(f"{folder}: holds no image ({' '.join(sorted(IMAGE_SUFFIXES))}) or two of a stem")
+        raise ValueError(f"{folder}: no such folder, or it holds no image, or two of one name; correct it")
     return {p.stem: p for p in files}
 
 def cached_images(files, size, cache, reading=(3, 0., 65535.)):
@@ -412,7 +412,7 @@ def load_mnist(folder, split, size):
     for name, dims in ((f"{split}-images-idx3-ubyte", 3), (f"{split}-labels-idx1-ubyte", 1)):
         path = next((p for p in (Path(folder) / name, Path(folder) / f"{name}.gz") if p.exists()), None)
         if path is None:
-            raise ValueError(f"{folder}: no {name}[.gz]; name a folder with the four files of MNIST")
+            raise ValueError(f"{folder}: no {name}[.gz]; name MNIST's four files, or add --task hands")
         with blaming(path, "damaged, or not such an IDX file", "fetch it again"):
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             kind, *shape = np.frombuffer(content, ">i4", 1 + dims)

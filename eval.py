@@ -173,7 +173,7 @@ def picture_pairs(phi, I_a, I_b, path):
         return torch.lerp(image.mean(1, keepdim=True) / 4 + .5, red, edge)
     moved, longest = warp.resample(I_a, phi), torch.linalg.vector_norm(phi, dim=1).max().item()
     rows = {"A": I_a / 2 + .5, "B": I_b / 2 + .5, "A registered": moved / 2 + .5,
-            f"field, up to {longest:.0f} px": warp.colour_wheel(phi, longest),
+            f"field, up to {longest:.1f} px": warp.colour_wheel(phi, longest),
             "B, edges of A": overlay(I_b, I_a), "after": overlay(I_b, moved)}
     scale = max(1, (128 if len(phi) > 1 else 384) // phi.shape[-1])
     grid([images[:8] for images in rows.values()], list(rows), path, scale)

@@ -308,7 +308,7 @@ def test_each_phase_of_registration_moves_its_own_networks(tmp_path, monkeypatch
     (R, T, D), (*_, D_later) = grads
     assert all(g is True for g in R + T) and D == D_later
 @pytest.mark.parametrize("message,words", {  # the words are made in an empty folder t
-    "none: holds no image": lambda t: f"degia --train 60 --unseen {t}/none",
+    "none: no such folder": lambda t: f"degia --train 60 --unseen {t}/none",
     "no train-images-idx3-ubyte": lambda t: f"degia --data {t}",
     "idx3-ubyte.gz: damaged": lambda t: f"degia --data {user_folder(t, cut=-9)}",
     "labels up to 11": lambda t: f"degia --data {user_folder(t, label=11)}",
@@ -322,7 +322,7 @@ def test_each_phase_of_registration_moves_its_own_networks(tmp_path, monkeypatch
     "line 2: .*,97.* inside": lambda t: f"degia --task hands --data {hands(t, 'h,97' + 33 * ',1')}",
     "h.png: has 2 lines": lambda t: f"degia --task hands --data {hands(t, *['h' + 34 * ',1'] * 2)}",
     "checkpoint.pt: not a checkpoint": lambda t: "reg --resume",
-    "train/A: holds no image": lambda t: f"reg --data {t}",
+    "train/A: no such folder": lambda t: f"reg --data {t}",
     "A/a9.png: no partner": lambda t: f"reg --data {user_folder(t, no_image='A/a9.png')}",
     "B/a1.png: not a readable": lambda t: f"reg --data {user_folder(t, no_image='B/a1.png')}",
     "line 2: .*99.* inside": lambda t: f"reg --data {user_folder(t, points='name,xa,ya,xb,yb a0,3,4,5,99')}",

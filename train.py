@@ -185,7 +185,7 @@ class Degia(Common):
     lr: float = option(5e-4, "learning rate of M; linear to 0 over the second half", 0, paper=1e-4)
     flow_lr: float = option(3e-3, "the same for F", 0, paper=1e-4)
     rounds: int = option(5, "max phases, spread over training", 0)
-    beta: float = option(.2, "share of the training images that start a max phase", 1e-4, 1, hands=1 / 6)
+    beta: float = option(.2, "share of the training images that start a max phase", 1e-4, 1, hands=.1667)
     share: float = option(.5, "share of new samples in each batch, once there are any", 0, 1, hands=1 / 16)
     K: int = option(5, "ascent steps of a max phase", 1)
     eta: float = option(.4, "largest root mean square change of an ascent step, of each image", 0, hands=.2)
@@ -319,7 +319,7 @@ class Run:
             evaluation.write_csv(self.rows, self.folder / "log.csv")
             shown = "  ".join(f"{name} {mean:8.4f}" for name, mean in means.items())
             ended, left = f"step {self.step:6d}/{self.o.steps}", seconds * (self.o.steps / self.step - 1)
-            print(f"{ended}  {shown}  {seconds:6.0f} s  {left:6.0f} s left", flush=True)
+            print(f"{ended}  {shown}  {seconds:6.0f} s  {left:6.0f} s left{', stopped' * stop}", flush=True)
             if save or time.time() - self.saved > 60:
                 self.save()
         return not stop
