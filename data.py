@@ -64,10 +64,11 @@ def make_digits(n, size, seed):
     """n grey digits (n,1,size,size) in [0,1], white on black, bent and placed at random, and labels (n,)."""
     gen, parts = torch.Generator().manual_seed(seed), []
     strokes = [[_curve(s) for s in (text.split("/") * 2)[:2]] for text in DIGITS]  # one counts twice
+    strokes = torch.tensor(np.array(strokes)).float() - .5  # (10,2,13,2), centred
     for count in [min(500, n - i) for i in range(0, n, 500)]:
         _, between, _ = noise(count, gen)
         labels = torch.randint(10, (count,), generator=gen)
-        p = torch.tensor(np.array(strokes)).float()[labels] - .5  # (count,2,13,2), centred
+        p = strokes[labels]
         for frequency, amount in ((4, .08), (9, .04)):
             phase = between(0, 2 * np.pi, 1, 1, 2)
             p = p + amount * between(-1, 1, 1, 1, 2) * torch.sin(frequency * p.flip(-1) + phase)
@@ -77,7 +78,6 @@ def make_digits(n, size, seed):
         radius = (between(.025, .06, 1) * size).expand(ends[0].shape[:2])
         parts.append((draw_strokes(*ends, radius, (size, size)), labels))
     return tuple(torch.cat(part) for part in zip(*parts))
-
 def textures(n, size, gen, roughness=(.5, 1.)):
     """n natural-looking textures (n,3,size,size) in [0,1]: octaves of noise, mixed colours, a few edges."""
     rand, _, each = noise(n, gen)
@@ -94,10 +94,8 @@ def textures(n, size, gen, roughness=(.5, 1.)):
         side = torch.cos(angle) * ramp + torch.sin(angle) * ramp[:, None] - offset
         colour += (side * size / 4).clamp(0, 1) * (.5 * rand(1, 1, 1) - .25 + .4 * (rand(3, 1, 1) - .5))
     return colour.clamp(0, 1)
-
 # A look maps images (B,C,S,S) in [0,1], the unseen ones grey digits, to images of 1 or 3 channels, which
 # `to_uint8` clamps; rand(*shape) is noise (B,*shape), scene(roughness) are textures of their size.
-
 def look_paint(digit, rand, scene):
     """A digit of one colour on a shaded ground of another; the ink is the brighter one in six of seven."""
     ink, step = rand(3, 1, 1), rand(3, 1, 1) - .5  # the colours are mostly 0.5 to 0.8 apart
@@ -114,7 +112,6 @@ def look_chalk(digit, rand, scene):
     board = rand(3, 1, 1) * .15 + .1 + .2 * rand(1, 1, 1) + .5 * light
     grain = 3.5 * (rand(*digit.shape[1:]) - .5) * (.02 + .1 * rand(1, 1, 1))
     return board + (.45 + .4 * rand(1, 1, 1)) * chalk + grain
-
 LOOKS = {"source": lambda x, *_: x,
          "difference": lambda x, _, scene: (scene() - x).abs(),  # over coloured textures: MNIST-M's recipe
          "paint": look_paint, "chalk": look_chalk, "negative": lambda x, *_: 1 - x.mean(1, keepdim=True),
@@ -305,7 +302,7 @@ def list_images(folder):
     return {p.stem: p for p in files}
 
 def cached_images(files, size, cache, reading=(3, 0., 65535.)):
-    """The files as a memory map (N,C,H,W) uint8, decoded once, in parallel; `cache` is named by a hash."""
+    """The files as a memory map (N,C,H,W) uint8, decoded once, in parallel, into a file of `cache`."""
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((size, reading, stats)).encode()).hexdigest()[:16]
     target = Path(cache) / f"{key}.npy"

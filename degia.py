@@ -20,7 +20,6 @@ def conv(c_in, c_out, kernel=3, stride=1, norm=False):
     """A convolution that keeps the size (over the stride), GroupNorm if asked for, ReLU."""
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=not norm),
                          nn.GroupNorm(1, c_out) if norm else nn.Identity(), nn.ReLU())
-
 class Residual(nn.Module):
     """ResNet's basic block: relu(f(x) + x); x goes through a 1x1 convolution where the stride is 2."""
     def __init__(self, c_in, c_out, stride):
@@ -41,16 +40,16 @@ def layers_of(backbone, w):
     def ending(c, side):
         return [nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(c * side ** 2, 16 * w), nn.ReLU(),
                 nn.Linear(16 * w, 16 * w), nn.ReLU()]
-    half, third, grid = nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), (nn.AdaptiveAvgPool2d(4), nn.Flatten())
+    pool2, pool3, grid = nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), (nn.AdaptiveAvgPool2d(4), nn.Flatten())
     if backbone == "lenet":  # two 5x5 convolutions; w = 64 at 32x32: the digit network of ADA and M-ADA
-        return [nn.Conv2d(3, w, 5), nn.ReLU(), half, nn.Conv2d(w, 2 * w, 5), nn.ReLU(), half,
+        return [nn.Conv2d(3, w, 5), nn.ReLU(), pool2, nn.Conv2d(w, 2 * w, 5), nn.ReLU(), pool2,
                 *ending(2 * w, 5)]
     if backbone == "alexnet":  # a large first kernel with a stride, overlapping pools
-        return [conv(3, w, 11, 2), third, conv(w, 3 * w, 5), third, conv(3 * w, 6 * w), conv(6 * w, 4 * w),
-                conv(4 * w, 4 * w), third, *ending(4 * w, 4)]
+        return [conv(3, w, 11, 2), pool3, conv(w, 3 * w, 5), pool3, conv(3 * w, 6 * w), conv(6 * w, 4 * w),
+                conv(4 * w, 4 * w), pool3, *ending(4 * w, 4)]
     if backbone == "vgg":  # stacks of 3x3 convolutions (VGG-11 less its last stack)
-        return [conv(3, w), half, conv(w, 2 * w), half, conv(2 * w, 4 * w), conv(4 * w, 4 * w), half,
-                conv(4 * w, 8 * w), conv(8 * w, 8 * w), half, *ending(8 * w, 4)]
+        return [conv(3, w), pool2, conv(w, 2 * w), pool2, conv(2 * w, 4 * w), conv(4 * w, 4 * w), pool2,
+                conv(4 * w, 8 * w), conv(8 * w, 8 * w), pool2, *ending(8 * w, 4)]
     if backbone == "resnet":  # four stages of two basic blocks (ResNet-18)
         blocks = ((1, 1), (1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8))
         return [conv(3, w, 3, 2, norm=True), *(Residual(i * w, o * w, o // i) for i, o in blocks), *grid]

@@ -87,7 +87,6 @@ def scores(output, y, size):
     distance = torch.linalg.vector_norm((output - y).view(-1, 17, 2), dim=2)
     return {"mse": (output - y).square().mean().item(), "pixels": distance.mean().item() * size,
             "pck": 100 * (distance < .05).float().mean().item()}
-
 @torch.no_grad()
 def flow_bits(F, images, labels, compute):
     """Mean bits per dimension of what F sees of uint8 images, its prior without the noise shift; float32."""
@@ -102,12 +101,12 @@ def evaluate_degia(compute, M, F, domains, folder):
     """`scores` of M per domain, and the MSE of the mean pose; bits per dimension of F on the source."""
     results, rows, labels, captions, points = {"domains": {}}, [], [], [], []
     for name, (images, y) in domains.items() if M else ():
-        output, size = predict(M, images, compute), images.shape[-1]
-        numbers = results["domains"][name] = scores(output, y, size)
+        output = predict(M, images, compute)
+        numbers = results["domains"][name] = scores(output, y, images.shape[-1])
         rows.append(images[:16] / 255)
-        labels.append("{0} {2:.1f} {1}".format(name, *list(numbers.items())[-1]))
+        labels += [f"{name} {value:.1f} {measure}" for measure, value in list(numbers.items())[-1:]]
         if y.is_floating_point():
-            numbers["mean pose"] = scores(M.template.cpu().expand_as(y), y, size)["mse"]
+            numbers["mean pose"] = (M.template.cpu() - y).square().mean().item()
             points.append(torch.stack([y, output], 1)[:16].unflatten(2, (17, 2)).tolist())
         else:
             captions.append([(f"{s} ({t})", s == t) for s, t in zip(output.argmax(1), y[:16])])
@@ -125,14 +124,12 @@ def picture_new_samples(x_src, pool, per_round, path):
     first = torch.arange(len(pool["x"])).view(-1, per_round)[:, :12]  # of each round
     rows = torch.stack([x_src[pool["source"][first]], pool["x"][first]], 1).flatten(0, 1) / 255
     grid(rows, [label for i in range(len(first)) for label in ("source", f"round {i + 1}")], path)
-
 @torch.no_grad()
 def find_field(R, A, B, compute):
     """phi = R(I_a, I_b) of uint8 images, with I_a and I_b in [-1,1]."""
     I_a, I_b = (compute.images(I) * 2 - 1 for I in (A, B))
     with compute.autocast():
         return R.eval()(I_a, I_b), I_a, I_b
-
 def landmark_errors(R, pairs, compute, most=10 ** 6):
     """Eq. (7): mean landmark distance in pixels before and after, share of folded pixels, last field."""
     distances, folded = [], []
@@ -189,6 +186,8 @@ def print_table(results):
 def load_checkpoint(folder, task=None):
     """The content of folder/checkpoint.pt; ValueError if missing, damaged, foreign or of another task."""
     path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise ValueError(f"{path}: no such checkpoint; name the folder of a run that has been trained")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         assert content["format"] == FORMAT
@@ -224,7 +223,6 @@ def similarity(p, q):
     a = (z.conj() * w).sum() / z.abs().square().sum()
     turn = torch.view_as_real(torch.stack([a, 1j * a])).T
     return torch.cat([turn, (q.mean(0) - turn @ p.mean(0))[:, None]], 1)
-
 def align_files(o, compute, R, reading, files, folder):
     """Write A aligned to B at B's size, sampled from A as stored; the field in pixels of B; overlays."""
     if len(files) != 2:

@@ -113,10 +113,11 @@ class Flow(nn.Module):
     @torch.no_grad()
     def initialise(self, x, u):
         """Let every ActNorm that has not been set yet set itself from the batch x."""
-        for layer in self.modules():
-            if isinstance(layer, ActNorm) and not layer.is_set:
-                with layer.register_forward_pre_hook(lambda layer, inputs: layer.initialise(*inputs)):
-                    self(x, u)
+        hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.initialise(*inputs))
+                 for layer in self.modules() if isinstance(layer, ActNorm) and not layer.is_set]
+        self(x, u)
+        for hook in hooks:
+            hook.remove()
     def inverse(self, z):
         """y = (255 x + u)/256 (B,C,S,S) for the x, u with F(x, u) = z, in float32."""
         n, side = self.dim * 2 // 2 ** len(self.levels), self.shape[1] // 2 ** len(self.levels)
@@ -134,10 +135,10 @@ class Flow(nn.Module):
         z, log_det = self(x, u)
         return self.prior.log_prob(z, c, shift) + log_det
     @torch.no_grad()
-    def sample(self, c, generator, temperature=1.):
-        """Images (B,C,S,S) in {0, 1/255, ..., 1}: z ~ N(mu_c, T^2 Sigma_c), x = floor(256 F^-1(z))/255."""
+    def sample(self, c, generator):
+        """Images (B,C,S,S) in {0, 1/255, ..., 1}: z ~ N(mu_c, Sigma_c), x = floor(256 F^-1(z))/255."""
         n, eps = (torch.randn(len(c), d, generator=generator, device=c.device) for d in (NOISE_DIM, self.dim))
-        z = self.prior.mean(c) + self.prior.shift(n) + temperature * self.prior.std(c) * eps
+        z = self.prior.mean(c) + self.prior.shift(n) + self.prior.std(c) * eps
         return (self.inverse(z) * 256).floor().clamp(0, 255) / 255
 
 def bits_per_dim(log_prob, dim):

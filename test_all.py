@@ -277,6 +277,7 @@ def test_a_run_stopped_killed_and_resumed_equals_a_whole_one_and_two_processes(t
     same((whole["state"], whole["extra"]), (resumed["state"], resumed["extra"]))
     a, b = ([row.rsplit(",", 1)[0] for row in (run / "log.csv").read_text().split()] for run in runs[:2])
     assert a == b and len(a) == 13
+    assert {**whole["results"], "seconds": 0} == {**resumed["results"], "seconds": 0}
     torchrun = f"-m torch.distributed.run --standalone --nproc_per_node=2 train.py {words} --out {runs[2]}"
     subprocess.run([sys.executable, *torchrun.split()], cwd=HERE, check=True)
     two = evaluation.load_checkpoint(runs[2])
@@ -321,7 +322,7 @@ def test_each_phase_of_registration_moves_its_own_networks(tmp_path, monkeypatch
     "line 2: 'h,x.*": lambda t: f"degia --task hands --data {hands(t, 'h,x' + 33 * ',1')}",
     "line 2: .*,97.* inside": lambda t: f"degia --task hands --data {hands(t, 'h,97' + 33 * ',1')}",
     "h.png: has 2 lines": lambda t: f"degia --task hands --data {hands(t, *['h' + 34 * ',1'] * 2)}",
-    "checkpoint.pt: not a checkpoint": lambda t: "reg --resume",
+    "checkpoint.pt: no such checkpoint": lambda t: "reg --resume",
     "train/A: no such folder": lambda t: f"reg --data {t}",
     "A/a9.png: no partner": lambda t: f"reg --data {user_folder(t, no_image='A/a9.png')}",
     "B/a1.png: not a readable": lambda t: f"reg --data {user_folder(t, no_image='B/a1.png')}",

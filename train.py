@@ -155,12 +155,11 @@ def train_reg(o, run):
         run.finish(evaluation.evaluate_reg(run.compute, R, pairs, run.folder))
 
 # ---------------------------------------------------------------- options
-def option(default, text, low=None, high=float("inf"), paper=None, hands=None):
-    """An option: default, help, allowed range or tuple; the default of --paper, that of --task hands."""
+def option(default, text, low=None, high=float("inf"), paper=None, hands=None, paper_hands=None):
+    """An option: default, help, allowed range or tuple; defaults of --paper, of --task hands, of both."""
     choices, low = (low, None) if isinstance(low, tuple) else (None, low)
-    return dataclasses.field(default_factory=lambda: default, metadata={
-        "help": text, "choices": choices, "low": low, "high": high, "paper": paper, "hands": hands})
-
+    return dataclasses.field(default_factory=lambda: default, metadata=dict(
+        help=text, choices=choices, low=low, high=high, paper=paper, hands=hands, paper_hands=paper_hands))
 @dataclasses.dataclass
 class Common:
     out: str = option("", "run folder; if not given, runs/degia or runs/reg")
@@ -179,7 +178,7 @@ class Degia(Common):
     unseen: list = option([], "folders measured at the end: MNIST-M or photographs; landmarks")
     validate: bool = option(False, "to choose settings: measure held-out images in development looks")
     train: int = option(10_000, "number of training images", 10, hands=3000)
-    size: int = option(32, "side of the images (of hands in the paper: 256)", 16, hands=64)
+    size: int = option(32, "side of the images", 16, hands=64, paper_hands=256)
     steps: int = option(900, "steps of the min phase", 1, hands=1600)
     batch: int = option(128, "images per step, over all processes", 2, paper=128, hands=64)
     lr: float = option(5e-4, "learning rate of M; linear to 0 over the second half", 0, paper=1e-4)
@@ -235,15 +234,17 @@ def parse(argv):
         for f in dataclasses.fields(kind):
             how = {bool: {"action": "store_true"}, list: {"nargs": "+"}}
             how = how.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-            other = "".join(f"; {k} {f.metadata[k]}" for k in ("paper", "hands") if f.metadata[k] is not None)
+            stated = (k for k in ("paper", "hands", "paper_hands") if f.metadata[k] is not None)
+            other = "".join(f"; {k} {f.metadata[k]}" for k in stated)
             text = f"{f.metadata['help']} (default {f.default_factory()}{other})"
             sub.add_argument(f"--{f.name}".replace("_", "-"), help=text, **how)
     given = vars(parser.parse_args(argv))
     task, resume, paper = (given.pop(name, False) for name in ("command", "resume", "paper"))
     about = {f.name: f.metadata for f in dataclasses.fields(TASKS[task][0])}
-    wanted = ["hands"] * (given.get("task") == "hands") + ["paper"] * paper
+    hands = given.get("task") == "hands"
+    wanted = ["hands"] * hands + ["paper"] * paper + ["paper_hands"] * (hands and paper)  # the last one wins
     stated = {name: m[kind] for kind in wanted for name, m in about.items() if m[kind] is not None}
-    o = TASKS[task][0](**{"out": f"runs/{task}", **stated, **({"size": 256} if wanted[1:] else {}), **given})
+    o = TASKS[task][0](**{"out": f"runs/{task}", **stated, **given})
     for (name, m), value in zip(about.items(), vars(o).values()):
         if m["low"] is not None and not m["low"] <= value <= m["high"]:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be from {m['low']} to {m['high']}")
@@ -327,6 +328,9 @@ class Run:
         """Write the checkpoint under a temporary name, then move it: at any moment there is a whole one."""
         self.saved = time.time()
         state = {name: part.state_dict() for name, part in self.parts.items()}
+        for name, part in state.items():
+            if not all(t.isfinite().all() for t in filter(torch.is_tensor, part.values())):
+                raise ValueError(f"step {self.step}: {name} is not finite; lower its rate and start again")
         torch.save({"format": evaluation.FORMAT, "task": self.task, "step": self.step, "log": self.rows,
                     "seconds": self.saved - self.began, "config": vars(self.o), "extra": self.extra,
                     "state": state}, self.folder / "checkpoint.part")
