@@ -3,7 +3,7 @@
 A *look* turns grey digits (white on black) into colour images of one domain: networks train on `source`, DEV
 looks choose settings, UNSEEN looks are measured. A bad file is a ValueError with its name, line and remedy.
 """
-import contextlib, functools, gzip, hashlib, math, os, zlib
+import contextlib, functools, gzip, hashlib, math, os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,8 +30,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 def noise(n, gen):
     """Uniform: rand(*shape) and between(low, high, *shape) are (n,*shape), each(low, high) is (n,1,1,1)."""
-    def rand(*shape):
-        return torch.rand(n, *shape, generator=gen, device=gen.device)
+    rand = functools.partial(torch.rand, n, generator=gen, device=gen.device)
     def between(low, high, *shape):
         return low + (high - low) * rand(*shape)
     return rand, between, lambda low, high: between(low, high, 1, 1, 1)
@@ -41,42 +40,40 @@ def to_uint8(images):
 
 # ---------------------------------------------------------------- embedded digits
 def _curve(text):
-    """13 points: along the control points, straight from one to the next, then smoothed."""
+    """13 points, centred: along the control points, straight from one to the next, then smoothed."""
     p = np.array([divmod(int(point), 100) for point in text.split()]) / 100
     p = np.stack([np.interp(np.linspace(0, len(p) - 1, 13), range(len(p)), c) for c in p.T], 1)
     for _ in range(2):
         p[1:-1] = (p[:-2] + 2 * p[1:-1] + p[2:]) / 4
-    return p
-def near_segments(start, end, size):
-    """For each segment, (B,S,2) pixels: the place on it, 0 to 1, nearest to each pixel, and its distance."""
+    return torch.tensor(p).float() - .5
+def near_segments(start, end, radius, size):
+    """Of each segment its radius (B,1,1,1), and for each pixel (B,1,H,W) the nearest place on it, 0 to 1, and
+    the distance. start, end (B,S,2) and radius (B,S), or (B,1) for all, in pixels; size (H,W)."""
     ys, xs = (torch.arange(side).to(start) for side in size)
-    for a_x, a_y, d_x, d_y in torch.cat([start, end - start], 2).permute(1, 2, 0)[..., None, None]:
-        x, y = xs - a_x, ys[:, None] - a_y  # (B,1,W) and (B,H,1): no (B,H,W,2) is ever made
+    segments = torch.cat([start, end - start, radius.expand(start.shape[:2])[..., None]], 2)
+    for a_x, a_y, d_x, d_y, r in segments.permute(1, 2, 0)[..., None, None, None]:
+        x, y = xs - a_x, ys[:, None] - a_y  # (B,1,1,W) and (B,1,H,1): no (B,H,W,2) is ever made
         along = ((x * d_x + y * d_y) / (d_x * d_x + d_y * d_y).clamp_min(1e-6)).clamp(0, 1)
-        yield along, ((x - along * d_x).square() + (y - along * d_y).square()).sqrt()
+        yield r, along, ((x - along * d_x).square() + (y - along * d_y).square()).sqrt()
 def draw_strokes(start, end, radius, size, softness=.7):
-    """Coverage (B,1,H,W) of thick segments: max over them of (radius - distance)/softness + 1/2, in [0,1].
-    start, end (B,S,2) and radius (B,S) in pixels; size (H,W)."""
-    near = zip(near_segments(start, end, size), radius[..., None, None].unbind(1))
-    covers = ((r - distance) / softness + .5 for (_, distance), r in near)
-    return functools.reduce(torch.maximum, covers).clamp(0, 1)[:, None]
+    """Coverage (B,1,H,W) of these segments: max over them of (radius - distance)/softness + 1/2, in [0,1]."""
+    covers = ((r - distance) / softness + .5 for r, _, distance in near_segments(start, end, radius, size))
+    return functools.reduce(torch.maximum, covers).clamp(0, 1)
 def make_digits(n, size, seed):
     """n grey digits (n,1,size,size) in [0,1], white on black, bent and placed at random, and labels (n,)."""
     gen, parts = torch.Generator().manual_seed(seed), []
-    strokes = [[_curve(s) for s in (text.split("/") * 2)[:2]] for text in DIGITS]  # one counts twice
-    strokes = torch.tensor(np.array(strokes)).float() - .5  # (10,2,13,2), centred
+    strokes = torch.stack([_curve(s) for t in DIGITS for s in (t.split("/") * 2)[:2]])  # one counts twice
     for count in [min(500, n - i) for i in range(0, n, 500)]:
         _, between, _ = noise(count, gen)
         labels = torch.randint(10, (count,), generator=gen)
-        p = strokes[labels]
+        p = strokes.view(10, 2, 13, 2)[labels]
         for frequency, amount in ((4, .08), (9, .04)):
             phase = between(0, 2 * np.pi, 1, 1, 2)
             p = p + amount * between(-1, 1, 1, 1, 2) * torch.sin(frequency * p.flip(-1) + phase)
         linear = torch.diag_embed(between(.45, .8, 1, 2)) + between(-.2, .2, 1, 2, 2)
         p = (p @ linear + .5 + between(-.07, .07, 1, 1, 2)) * size - .5
         ends = p[:, :, :-1].flatten(1, 2), p[:, :, 1:].flatten(1, 2)
-        radius = (between(.025, .06, 1) * size).expand(ends[0].shape[:2])
-        parts.append((draw_strokes(*ends, radius, (size, size)), labels))
+        parts.append((draw_strokes(*ends, between(.025, .06, 1) * size, (size, size)), labels))
     return tuple(torch.cat(part) for part in zip(*parts))
 def textures(n, size, gen, roughness=(.5, 1.)):
     """n natural-looking textures (n,3,size,size) in [0,1]: octaves of noise, mixed colours, a few edges."""
@@ -100,8 +97,7 @@ def look_paint(digit, rand, scene):
     """A digit of one colour on a shaded ground of another; the ink is the brighter one in six of seven."""
     ink, step = rand(3, 1, 1), rand(3, 1, 1) - .5  # the colours are mostly 0.5 to 0.8 apart
     step = step * (.5 + .3 * rand(1, 1, 1)) / torch.linalg.vector_norm(step, dim=1, keepdim=True)
-    paper = ink + step
-    paper = torch.where((paper < 0) | (paper > 1), ink - step, paper).clamp(0, 1)
+    paper = torch.where((ink + step).clamp(0, 1) == ink + step, ink + step, ink - step).clamp(0, 1)
     swap = (rand(1, 1, 1) < .15) ^ (ink.mean(1, keepdim=True) < paper.mean(1, keepdim=True))
     ink, paper = torch.where(swap, paper, ink), torch.where(swap, ink, paper)
     return digit * ink + (1 - digit) * (.6 * paper + .3 * scene((.2, .4)) - .15)
@@ -128,8 +124,8 @@ def apply_look(name, x, seed):
 # ---------------------------------------------------------------- embedded plants
 def plant_scene(n, gen):
     """The objects of n random scenes, far to near, chains of thick segments in a box of side 1: points
-    (n,K,2), radius (n,K-1), depth (n,1,1), colour (n,3,1,1), heat (n,1,1,1), how many of its first points are
-    landmarks (none: a mark on the object before it), whether it is on the plant."""
+    (n,K,2), radius (n,K-1), depth (n,1,1), colour (n,3,1,1), heat (n,1,1,1), and for each first point that is
+    a landmark whether it is on the plant (none: a mark on the object before it)."""
     rand, between, each = noise(n, gen)
     def colour(*rgb):
         return (torch.tensor(rgb).view(3, 1, 1) * each(.6, 1.2) + between(-.1, .1, 3, 1, 1)).clamp(0, 1)
@@ -137,36 +133,35 @@ def plant_scene(n, gen):
         return torch.stack([torch.stack(p, -1) for p in points], 1)
     horizon, far = between(.55, .75), between(0, .2, 1, 1)
     ground = chain(*((x + 0 * horizon, horizon + .5) for x in (-.2, .2, .6, 1., 1.4)))
-    yield ground, torch.full((1, 4), .5), far, colour(.5, .4, .3), each(.3, .6), 0, False
+    yield ground, torch.full((1, 1), .5), far, colour(.5, .4, .3), each(.3, .6), []
     for _ in range(5):  # stones on the ground
         x, y = between(.05, .95), between(.68, .95)
         stone = chain((x, y), (x + between(-.03, .03), y + .01))
         look = between(.1, .5, 1, 1), colour(.6, .55, .5), each(.45, .9)
-        yield stone, between(.03, .06, 1), *look, 1, False
+        yield stone, between(.03, .06, 1), *look, [False]
     for _ in range(4):  # labels with a line of writing
         x, y, depth = between(.06, .94), between(.12, .75), between(0, .5, 1, 1)
         card, line = (chain((x, y), (x + wide, y), (x - wide, y)) for wide in (.05, .025))
-        yield card, between(.03, .05, 2), depth, colour(.9, .9, .8), each(.6, 1), 1, False
-        yield line, between(.01, .014, 2), depth, colour(.1, .1, .2), each(0, .3), 0, False
+        yield card, between(.03, .05, 2), depth, colour(.9, .9, .8), each(.6, 1), [False]
+        yield line, between(.01, .014, 2), depth, colour(.1, .1, .2), each(0, .3), []
     x, y, wide, depth = between(.35, .65), between(.8, .9), between(.08, .14), between(.4, .6, 1, 1)
     clay, warm = colour(.7, .35, .2), each(.6, 1)
     rim, body = (chain((x - w, y - up), (x + w, y - up)) for w, up in ((wide, .1), (.5 * wide, 0)))
-    yield rim, between(.025, .04, 1), depth, clay, warm, 2, False
-    yield body, between(.06, .07, 1), depth, .85 * clay, .9 * warm, 0, False
+    yield rim, between(.025, .04, 1), depth, clay, warm, [False] * 2
+    yield body, between(.06, .07, 1), depth, .85 * clay, .9 * warm, []
     top_x, top_y = x + between(-.12, .12), between(.3, .42)
-    mid_x, mid_y = (x + top_x) / 2 + between(-.04, .04), (y + top_y) / 2
-    stem = chain((top_x, top_y), (mid_x, mid_y), (x, y - .08))
-    yield stem, between(.014, .024, 2), depth, colour(.4, .5, .2), each(.3, .5), 2, True
+    stem = chain((top_x, top_y), ((x + top_x) / 2 + between(-.04, .04), (y + top_y) / 2), (x, y - .08))
+    yield stem, between(.014, .024, 2), depth, colour(.4, .5, .2), each(.3, .5), [True] * 2
     t, wide = torch.tensor([[1], [.75], [.5], [.25], [0]]), torch.tensor([.5, .95, 1, .6])
     for i in range(8):  # leaves from tip to root; a pale vein ends where landmarks are
-        along, angle, length = rand(), between(-.4, math.pi + .4), between(.24, .45)
-        root = chain((torch.lerp(mid_x, top_x, along), torch.lerp(mid_y, top_y, along)))
+        root = torch.lerp(stem[:, 1:2], stem[:, :1], rand(1, 1))
+        angle, length = between(-.4, math.pi + .4), between(.24, .45)
         ahead = chain((length * torch.cos(angle), -length * torch.sin(angle)))
         leaf = root + t * ahead + t ** 2 * chain((0 * length, length * between(0, .5)))
         depth, green = .4 + .6 * (i + rand(1, 1)) / 8, colour(.25, .6, .2)
-        yield leaf, between(.045, .08, 1) * wide, depth, green, each(.05, .3), 4, True
+        yield leaf, between(.045, .08, 1) * wide, depth, green, each(.05, .3), [True] * 4
         pale, warm = (green + .35).clamp(0, 1), each(.4, .7)
-        yield leaf[:, 1:4], between(.01, .014, 2), depth, pale, warm, 0, True
+        yield leaf[:, 1:4], between(.01, .014, 2), depth, pale, warm, []
 def make_plants(n, size, seed, modality="ir"):
     """n random pairs of size (H,W): A (n,3,H,W), B (n,1,H,W) uint8; landmarks (n,P,4), pixels x, y in A, then
     B, NaN if hidden; salient (P,): on the plant. B is seen through a smooth field and a parallax by depth."""
@@ -177,48 +172,43 @@ def make_plants(n, size, seed, modality="ir"):
         parallax = torch.randn(count, 1, 2, generator=gen) * .05 * sides
         views = [base + each(0, .3) + .2 * nnf.interpolate(rand(channels, 6, 6) - .5, size, mode="bicubic")
                  for base, channels in ((.3, 3), (.3 if modality == "ir" else 0., 1))]  # walls: warm, or far
-        owner, number, places, owners, salient = [torch.zeros(count, 1, *size)] * 2, 0, [], [], []
-        for points, radius, depth, colour, heat, landmarks, on_plant in plant_scene(count, gen):
+        owner, number, places, marks = [torch.zeros(count, 1, *size)] * 2, 0, [], []
+        for points, radius, depth, colour, heat, on_plant in plant_scene(count, gen):
             a = points * sides - .5
-            moved = warp.look_up(bend, a.transpose(1, 2)[..., None], "border")[..., 0].transpose(1, 2)
-            seen = a, a + moved + parallax * (depth - .5)
+            seen = a, warp.warp_points(a, -bend, 1) + parallax * (depth - .5)  # one step: a + bend(a)
             paint = colour, heat if modality == "ir" else .2 + .75 * depth[..., None]
-            number += landmarks > 0
+            number += on_plant != []
             for i, p in enumerate(seen):
                 cover = draw_strokes(p[:, :-1], p[:, 1:], radius * min(size), size)
                 views[i] = torch.lerp(views[i], paint[i], cover)
                 owner[i] = torch.where(cover > .5, number, owner[i])
-            places.append(torch.stack(seen, 3)[:, :landmarks])  # (count,landmarks,2,2): x, y of A and of B
-            owners += [number] * landmarks
-            salient += [on_plant] * landmarks
-        places = torch.cat(places, 1)
+            places.append(torch.stack(seen, 3)[:, :len(on_plant)])  # (count,.,2,2): x, y of A and of B
+            marks += [(number, plant) for plant in on_plant]
+        places, (owners, salient) = torch.cat(places, 1), torch.tensor(marks).T
         seen = [warp.look_up(owner[i], places[..., i].round().transpose(1, 2)[..., None]) for i in (0, 1)]
-        visible = (torch.cat(seen, 1)[..., 0].round() == torch.tensor(owners)).all(1)
+        visible = (torch.cat(seen, 1)[..., 0].round() == owners).all(1)
         points = torch.where(visible[..., None], places.transpose(2, 3).flatten(2), torch.nan)
         A, B = (view + .02 * torch.randn(view.shape, generator=gen) for view in views)
         parts.append((to_uint8(A * each(.8, 1.2)), to_uint8(B), points))
-    return *(torch.cat(part) for part in zip(*parts)), torch.tensor(salient)
+    return *(torch.cat(part) for part in zip(*parts)), salient.bool()
 
 # ---------------------------------------------------------------- embedded hands
 def hand_bones(n, size, gen):
-    """The bones of n random left hands, open or bent, palm to the camera, in pixels: start and end
-    (n,22,2,3), x right, y down, z to the camera, and radius (n,22): five of the palm, two of the arm, three
-    of each finger. The landmarks, joints of four fingers and a thumb tip, lie in a square of side `size`."""
+    """n random left hands, open or bent, palm and z to the camera, landmarks in a square of side `size`:
+    bones (n,22,2,3), start, end, pixels x, y, z, 5 of the palm, 2 of the arm, 3 a finger; radius (n,22)."""
     rand, between, _ = noise(n, gen)
     fan = FINGERS[:, 7] * between(.3, 1.7, 1) + between(-.1, .1, 5)
     curl = between(0, 1.5, 5) * torch.where(rand(1) < .5, .2, rand(5).round()) * torch.tensor([1] * 4 + [.5])
-    bend, joints = .6 * curl + between(-.1, .2, 5), [FINGERS[:, :3].expand(n, 5, 3)]
+    wrist = FINGERS[:, :3] * torch.tensor([.45, 0, 0]) + torch.tensor([0, .05, 0])
+    bend, joints = .6 * curl + between(-.1, .2, 5), [p.expand(n, 5, 3) for p in (wrist, FINGERS[:, :3])]
     for length, more in zip(FINGERS[:, 3:6, None].unbind(1), (1., .8, 0.)):
         way = torch.stack([fan.sin() * bend.cos(), -fan.cos() * bend.cos(), bend.sin()], -1)
         joints.append(joints[-1] + way * length * between(.9, 1.1, 5, 1))
         bend = bend + more * curl
-    wrist = FINGERS[:, :3] * torch.tensor([.45, 0, 0]) + torch.tensor([0, .05, 0])
-    palm = torch.stack([wrist.expand(n, 5, 3), joints[0]], 2)
     arm = torch.tensor([[[x, .1, 0], [x, 1.7, 0]] for x in (-.1, .1)]).expand(n, 2, 2, 3)
-    fingers = torch.stack([torch.stack(joints[:3], 2), torch.stack(joints[1:], 2)], 3).flatten(1, 2)
-    axis = between(-1, 1, 3)[:, None] * torch.tensor([.4, .6, .7])
-    cross = torch.linalg.cross(axis.expand(n, 3, 3), torch.eye(3).expand(n, 3, 3))
-    bones = torch.cat([palm, arm, fingers], 1) @ torch.matrix_exp(cross)[:, None]
+    rays = torch.stack([torch.stack(joints[:-1], 2), torch.stack(joints[1:], 2)], 3)  # (n,5,4,2,3)
+    skew = torch.linalg.cross(between(-1, 1, 3)[:, None] * torch.tensor([.4, .6, .7]), torch.eye(3)[None])
+    bones = torch.cat([rays[:, :, 0], arm, rays[:, :, 1:].flatten(1, 2)], 1) @ torch.matrix_exp(skew)[:, None]
     low, high = bones[:, 7:, :, :2].flatten(1, 2).aminmax(dim=1)
     scale = size * between(.45, .8, 1) / (high - low).amax(1, keepdim=True).clamp_min(1.4)
     corner = between(.03, .97, 2) * (size - (high - low) * scale) - low * scale - .5
@@ -235,18 +225,16 @@ def make_hands(n, size, seed):
         def slope():
             return each(-1, 1) * ramp + each(-1, 1) * ramp[:, None]
         bones, radius = hand_bones(count, size, gen)
-        cover = flesh = bone = torch.zeros(count, size, size)
+        cover = flesh = bone = torch.zeros(count, 1, size, size)
         front, unit = cover - 1e3, radius[:, :1, None, None] / .13
-        for i, (along, distance) in enumerate(near_segments(*bones[..., :2].unbind(2), (size, size))):
-            r, (z, z_end) = radius[:, i, None, None], bones[:, i, :, 2, None, None].unbind(1)
-            here, bulge = ((r - distance) / .8 + .5).clamp(0, 1), (r * r - distance * distance).clamp_min(0)
+        for i, (r, along, away) in enumerate(near_segments(*bones[..., :2].unbind(2), radius, (size, size))):
+            here, bulge = ((r - away) / .8 + .5).clamp(0, 1), (r * r - away * away).clamp_min(0)
             cover, flesh = torch.maximum(cover, here), flesh + bulge
-            z = torch.lerp(z, z_end, along) + bulge.sqrt()
+            z = torch.lerp(*bones[:, i, :, 2:, None, None].unbind(1), along) + bulge.sqrt()
             front = torch.maximum(front, torch.where(here > 0, z, -1e3))  # the z-buffer
             core = r * (.28 + .2 * (2 * along - 1) ** 4)  # bones are thicker at their ends, joints are gaps
-            bone = bone + ((core - distance) / .8 + .5).clamp(0, 1) * ((along > .03) & (along < .97))
-        cover, bone, flesh = cover[:, None], bone.clamp(0, 1)[:, None], flesh.sqrt()[:, None] / unit
-        on_hand, z = cover > .5, front[:, None] / unit
+            bone = bone + ((core - away) / .8 + .5).clamp(0, 1) * ((along > .03) & (along < .97))
+        on_hand, bone, flesh, z = cover > .5, bone.clamp(0, 1), flesh.sqrt() / unit, front / unit
         # RGB: skin in the light of a lamp, before textures and things
         scene, (a, b) = textures(count, size, gen, (.3, .6)), (size * (1.2 * rand(2, 5, 2) - .1)).unbind(1)
         things = draw_strokes(a, torch.lerp(a, b, .3), size * between(.02, .1, 5), (size, size))
@@ -264,9 +252,8 @@ def make_hands(n, size, seed):
         depth = torch.where(hole, 0., each(.4, .6) + each(.2, .3) * z)
         # X-ray: soft tissue, brighter bones, a film that is unevenly lit and ends at a dark border
         film, shade = each(.03, .3), 1 + .3 * slope()
-        body = .55 * (1 - torch.exp(-flesh * each(4, 8))) + each(.3, .5) * bone * cover
-        inside = ramp.abs() < 1 - each(0, .25)
-        xray = torch.where(inside, film * shade + (.95 - film) * body * (.5 + .5 * shade), .02)
+        body = (.95 - film) * (.55 * (1 - torch.exp(-flesh * each(4, 8))) + each(.3, .5) * bone * cover)
+        xray = torch.where(ramp.abs() < 1 - each(0, .25), film * shade + body * (.5 + .5 * shade), .02)
         views = [to_uint8(view + .02 * torch.randn(view.shape, generator=gen)).expand(-1, 3, -1, -1)
                  for view in (rgb, depth, xray)]
         parts.append((*views, (bones.flatten(1, 2)[:, tips, :2].flatten(1) + .5) / size))
@@ -279,7 +266,7 @@ def blaming(path, problem, remedy):
     """Whatever is wrong with the file that is read inside becomes a ValueError that names it."""
     try:
         yield
-    except (OSError, EOFError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # what Pillow and zlib raise depends on the bytes
         raise ValueError(f"{path}: {problem} ({error}); {remedy}") from None
 
 def open_image(path, channels=3, low=0., high=65535.):
@@ -333,24 +320,22 @@ def inspect(files):
             channels = channels if image.mode[0] in "1LIF" else 3
             if image.mode[0] in "IF":
                 deep.append(np.asarray(image, np.float32).ravel()[::97])
-    return np.array(sizes), (channels, *np.percentile(np.hstack(deep or [0, 65535]), (.5, 99.5)).tolist())
+    stretch = np.percentile(np.hstack(deep), (.5, 99.5)).tolist() if deep else (0., 65535.)
+    return np.array(sizes), (channels, *stretch)
 def read_landmarks(table, columns, sizes):
     """{stem: rows} of a csv `name,columns`: pixel coordinates as shares of sizes {stem: (width, ...)}."""
     found, lines = {stem: [] for stem in sizes}, table.read_text("utf-8-sig", "replace").rstrip().splitlines()
     if len(lines) < 2 or lines[0].replace(" ", "") != f"name,{columns}":
         raise ValueError(f"{table}: its first line must be name,{columns}, then a line per point; correct it")
     for number, line in enumerate(lines[1:], 2):
-        name, *words = line.split(",")
-        try:
-            stem = name.strip() if name.strip() in sizes else Path(name.strip()).stem
-            size = sizes[stem]
-            place = np.array(words, np.float64).reshape(len(size))
-            if not ((place >= -1) & (place <= size)).all():
-                raise ValueError
-        except (KeyError, ValueError):
-            raise ValueError(f"{table}, line {number}: {line[:60]!r} needs an image of this folder and "
-                             f"{columns}, points inside it; correct it") from None
-        found[stem].append((place + .5) / size)
+        needs = f"{line[:60]!r} needs an image of this folder and {columns}, points inside it"
+        with blaming(f"{table}, line {number}", needs, "correct it"):
+            name, *words = map(str.strip, line.split(","))
+            stem = name if name in sizes else Path(name).stem
+            place = np.array(words, np.float64).reshape(len(sizes[stem]))
+            if not ((place >= -1) & (place <= sizes[stem])).all():
+                raise ValueError("a point is outside")
+            found[stem].append((place + .5) / sizes[stem])
     return found
 def load_landmarks(folder, size, cache):
     """Images (N,3,size,size) uint8 and landmarks (N,34), as `make_hands` gives them, of a landmark folder."""
@@ -374,8 +359,7 @@ def load_pairs(o, cache, reading=None):
             folder, points, salient = Path(o.data) / split, None, None
             folder = folder if folder.is_dir() else folder.with_name("train")
             A, B = (list_images(folder / side) for side in "AB")
-            for stem in A.keys() ^ B.keys():
-                lonely = A.get(stem) or B[stem]
+            for lonely in map((A | B).get, sorted(A.keys() ^ B.keys())):
                 raise ValueError(f"{lonely}: no partner of that name on the other side; add or remove one")
             files = {"A": list(A.values()), "B": [B[stem] for stem in A]}
             sizes, found = zip(*map(inspect, files.values()))
@@ -416,20 +400,18 @@ def load_mnist(folder, split, size):
             if kind != 0x800 + dims:
                 raise ValueError(f"it does not hold bytes in {dims} dimensions")
             arrays.append(np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape))
-    images, labels = arrays
+    images, labels = map(torch.tensor, arrays)
     if len(images) != len(labels) or not len(images) or labels.max() > 9:
         raise ValueError(f"{folder}: {split} has {len(images)} images, and {len(labels)} labels up to "
-                         f"{labels.max(initial=0)}, which must be 0-9; fetch the files again")
-    parts = torch.from_numpy(images.copy())[:, None].split(2000)
-    images = [nnf.interpolate(part / 255, (size, size), mode="bilinear", antialias=True) for part in parts]
-    return torch.cat(images).clamp(0, 1), torch.from_numpy(labels.astype(np.int64))
+                         f"{max(labels.tolist(), default=0)}, which must be 0-9; fetch the files again")
+    images = nnf.interpolate(images[:, None] / 255, (size, size), mode="bilinear", antialias=True)
+    return images.clamp(0, 1), labels.long()
 def load_mnist_m(folder, size, cache):
-    """Images (N,3,size,size) uint8 and labels of MNIST-M as released: the test split if it is there."""
-    split = next(s for s in ("test", "train") if (folder / f"mnist_m_{s}").is_dir())
-    table, files, labels = folder / f"mnist_m_{split}_labels.txt", [], []
-    for number, line in enumerate(table.read_text().splitlines() or ["an empty file"], 1):
+    """Images (N,3,size,size) uint8 and labels of a split of MNIST-M: in folder and folder_labels.txt."""
+    table, files, labels = folder.with_name(f"{folder.name}_labels.txt"), [], []
+    for number, line in enumerate(table.read_text("utf-8", "replace").splitlines() or ["an empty file"], 1):
         name, _, label = line.strip().rpartition(" ")
-        files.append(folder / f"mnist_m_{split}" / name.strip())
+        files.append(folder / name.strip())
         if label not in list("0123456789") or not files[-1].is_file():
             raise ValueError(f"{table}, line {number}: {line[:60]!r} is not `name digit` of an image in "
                              f"{files[-1].parent}; correct it")
@@ -461,13 +443,12 @@ def load_digits(o, cache):
         if o.train + 2000 * o.validate > len(digit):
             raise ValueError(f"--train {o.train}: more than the training digits in {o.data}; ask for fewer")
         test = (digit[-2000:], label[-2000:]) if o.validate else load_mnist(o.data, "t10k", o.size)
-        digit, label = digit[:o.train], label[:o.train]
     looks = DEV if o.validate else UNSEEN if o.data == "embedded" and not o.unseen else ()
     domains = {name: (apply_look(name, test[0], 7), test[1]) for name in ("source", *looks)}
     def read(folder):
-        real = any((folder / f"mnist_m_{split}").is_dir() for split in ("train", "test"))
-        return load_mnist_m(folder, o.size, cache) if real else make_mnist_m(*test, folder)
-    return apply_look(o.look, digit, 0), label, add_unseen(o, domains, read)
+        released = [p for p in (folder / "mnist_m_test", folder / "mnist_m_train") if p.is_dir()]
+        return load_mnist_m(released[0], o.size, cache) if released else make_mnist_m(*test, folder)
+    return apply_look(o.look, digit[:o.train], 0), label[:o.train], add_unseen(o, domains, read)
 def load_hands(o, cache):
     """As `load_digits`: RGB hands, landmarks, domains. Of a folder every tenth image is held out."""
     if o.data == "embedded":

@@ -37,19 +37,18 @@ class Dense(nn.Module):
         return torch.cat([x, self.f(x)], 1)
 def layers_of(backbone, w):
     """The layers of a backbone, up to the template feature; the older ones end with two full layers."""
-    def ending(c, side):
+    def fc(c, side):
         return [nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(c * side ** 2, 16 * w), nn.ReLU(),
                 nn.Linear(16 * w, 16 * w), nn.ReLU()]
     pool2, pool3, grid = nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), (nn.AdaptiveAvgPool2d(4), nn.Flatten())
     if backbone == "lenet":  # two 5x5 convolutions; w = 64 at 32x32: the digit network of ADA and M-ADA
-        return [nn.Conv2d(3, w, 5), nn.ReLU(), pool2, nn.Conv2d(w, 2 * w, 5), nn.ReLU(), pool2,
-                *ending(2 * w, 5)]
+        return [nn.Conv2d(3, w, 5), nn.ReLU(), pool2, nn.Conv2d(w, 2 * w, 5), nn.ReLU(), pool2, *fc(2 * w, 5)]
     if backbone == "alexnet":  # a large first kernel with a stride, overlapping pools
         return [conv(3, w, 11, 2), pool3, conv(w, 3 * w, 5), pool3, conv(3 * w, 6 * w), conv(6 * w, 4 * w),
-                conv(4 * w, 4 * w), pool3, *ending(4 * w, 4)]
+                conv(4 * w, 4 * w), pool3, *fc(4 * w, 4)]
     if backbone == "vgg":  # stacks of 3x3 convolutions (VGG-11 less its last stack)
         return [conv(3, w), pool2, conv(w, 2 * w), pool2, conv(2 * w, 4 * w), conv(4 * w, 4 * w), pool2,
-                conv(4 * w, 8 * w), conv(8 * w, 8 * w), pool2, *ending(8 * w, 4)]
+                conv(4 * w, 8 * w), conv(8 * w, 8 * w), pool2, *fc(8 * w, 4)]
     if backbone == "resnet":  # four stages of two basic blocks (ResNet-18)
         blocks = ((1, 1), (1, 1), (1, 2), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8))
         return [conv(3, w, 3, 2, norm=True), *(Residual(i * w, o * w, o // i) for i, o in blocks), *grid]
@@ -92,13 +91,12 @@ def k_means(y, k):
 def ascend(x_src, objective, K, eta, blur):
     """K steps x <- clamp(x + eta g / rms(g)) from x_src, g = d objective / dx after a blur x blur mean;
     rms per image, so that eta, a number or (B,1,1,1), is in image units. No parameter receives a gradient."""
-    x = x_src
+    x = x_src.detach()
     for _ in range(K):
-        x = x.detach().requires_grad_()
-        g, = torch.autograd.grad(objective(x), x)
+        g, = torch.autograd.grad(objective(x.requires_grad_()), x)
         g = nnf.avg_pool2d(g, blur, 1, blur // 2, count_include_pad=False)
-        x = (x + eta * g / g.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-20)).clamp(0, 1)
-    return x.detach()
+        x = (x.detach() + eta * g / g.square().mean((1, 2, 3), True).sqrt().clamp_min(1e-20)).clamp(0, 1)
+    return x
 def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
     """Eq. (7) summed over images x (B,3,H,W) of ONE class c (B,), both distances per dimension; feature_src
     (B,T) is that of M(x_src); u and shift are those of `Flow.log_prob`, held during an ascent."""

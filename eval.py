@@ -1,14 +1,13 @@
 """Measure a trained run, draw its pictures, apply it to your own images: `eval.py RUN --images a.png`."""
-import argparse, os, sys
+import argparse, csv, json, os, re, shlex, subprocess, sys
 from pathlib import Path
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-import data, degia, geomreg, warp
-from flows import bits_per_dim
+from PIL import Image, ImageDraw
+import data, degia, flows, geomreg, warp
 
-FORMAT = "degia and geomreg, 4"
-ABOUT = ("method", "backbone", "order", "similarity", "seed")  # options that a table of results names
+FORMAT = "degia and geomreg, 5"
+COLOURS = (31, 119, 180), (214, 39, 40), (44, 160, 44)  # of the lines of a plot
 
 # ---------------------------------------------------------------- pictures
 def grid(rows, labels, path, scale=2, captions=None, points=None):
@@ -17,16 +16,14 @@ def grid(rows, labels, path, scale=2, captions=None, points=None):
     margin, step = 10 + 8 * max(map(len, labels)), height + (22 if captions else 4)
     sheet = Image.new("RGB", (margin + max(map(len, rows)) * (width + 4), len(rows) * step), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.font = ImageFont.load_default(14)
     for i, (row, label) in enumerate(zip(rows, labels)):
-        pen.text((4, i * step + height // 2 - 8), label, "black")
+        pen.text((4, i * step + height // 2 - 8), label, "black", font_size=14)
         for j, image in enumerate(row):
             x, y = margin + j * (width + 4), i * step
             pixels = data.to_uint8(image).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
             sheet.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (x, y))
-            if captions:
-                text, right = captions[i][j]
-                pen.text((x + 2, y + height), text, (0, 110, 0) if right else (200, 0, 0))
+            text, right = captions[i][j] if captions else ("", True)
+            pen.text((x + 2, y + height), text, (0, 110, 0) if right else (200, 0, 0), font_size=14)
             for colour, dots in zip(((0, 200, 0), (230, 0, 0)), points[i][j] if points else ()):
                 for p_x, p_y in dots:
                     pen.circle((x + p_x * width, y + p_y * height), 2, colour)
@@ -35,23 +32,25 @@ def write_csv(rows, path):
     """Write rows, dicts with the same keys, with a header."""
     lines = [",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()) for row in rows]
     path.write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
-def plot(rows, path, width=460, height=260):
-    """Write a panel per column of a log, rows {name: number}, over its `step`, with range and last value."""
-    columns = [name for name in rows[0] if name not in ("step", "seconds")]
-    sheet, last = Image.new("RGB", (width * len(columns), height), "white"), rows[-1]["step"]
+def plot(logs, path, columns=None, width=460, height=280):
+    """Write a panel per column, over `step`, with a line per {label: log.csv}; its range, the last values."""
+    tables = [np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True)) for log in logs.values()]
+    rows = np.concatenate(tables)
+    columns = columns or [name for name in rows.dtype.names if name not in ("step", "seconds")]
+    sheet, end = Image.new("RGB", (width * len(columns), height), "white"), rows["step"].max()
     pen = ImageDraw.Draw(sheet)
-    pen.font = ImageFont.load_default(13)
     for i, name in enumerate(columns):
-        values = np.array([row[name] for row in rows])
-        low, high = values.min(), np.quantile(values, .97)  # a jump may leave the panel
-        left, right, top, bottom = i * width + 62, (i + 1) * width - 16, 34, height - 34
-        x = left + (right - left) * np.array([row["step"] for row in rows]) / last
-        y = bottom - (bottom - top) * (values.clip(max=high) - low) / max(high - low, 1e-9)
+        low, high = rows[name].min(), np.quantile(rows[name], .97)  # a jump may leave the panel
+        left, right, top, bottom = i * width + 62, (i + 1) * width - 16, 50, height - 34
         pen.rectangle((left, top, right, bottom), outline=(170, 170, 170))
-        pen.line([*zip(x, y)], fill=(31, 119, 180), width=2, joint="curve")
-        for x, y, text in ((left, 10, f"{name}   last {values[-1]:.4g}"), (left - 56, top - 6, f"{high:.4g}"),
-                           (left - 56, bottom - 10, f"{low:.4g}"), (right - 70, bottom + 6, f"step {last}")):
-            pen.text((x, y), text, "black")
+        for x, y, text in ((left, 8, name), (left - 56, top - 6, f"{high:.4g}"),
+                           (left - 56, bottom - 10, f"{low:.4g}"), (right - 70, bottom + 6, f"step {end:g}")):
+            pen.text((x, y), text, "black", font_size=13)
+        for k, (label, table) in enumerate(zip(logs, tables)):
+            x = left + (right - left) * table["step"] / end
+            y = bottom - (bottom - top) * (table[name].clip(max=high) - low) / max(high - low, 1e-9)
+            pen.line([*zip(x, y)], fill=COLOURS[k], width=2, joint="curve")
+            pen.text((left + 130 * k, 28), f"{label} {table[name][-1]:.4g}", COLOURS[k], font_size=13)
     sheet.save(path)
 
 # ---------------------------------------------------------------- measures
@@ -76,47 +75,41 @@ class Compute:
 @torch.no_grad()
 def predict(M, images, compute):
     """M's output (N,outputs) for uint8 images (N,3,S,S)."""
-    M.eval()
     parts = images.split(max(1, 2 ** 19 // images.shape[-1] ** 2))
     with compute.autocast():
-        return torch.cat([M(compute.images(part))[0].float().cpu() for part in parts])
-def scores(output, y, size):
-    """Accuracy of digits in percent; of landmarks MSE (of shares), pixels, PCK: percentage within 5 %."""
-    if not y.is_floating_point():
-        return {"accuracy": 100 * (output.argmax(1) == y).float().mean().item()}
-    distance = torch.linalg.vector_norm((output - y).view(-1, 17, 2), dim=2)
-    return {"mse": (output - y).square().mean().item(), "pixels": distance.mean().item() * size,
-            "pck": 100 * (distance < .05).float().mean().item()}
-@torch.no_grad()
-def flow_bits(F, images, labels, compute):
-    """Mean bits per dimension of what F sees of uint8 images, its prior without the noise shift; float32."""
-    total, g = 0., torch.Generator(compute.device).manual_seed(0)
-    for x, c in zip(images.split(500), labels.split(500)):
-        u = torch.rand(len(x), *F.shape, generator=g, device=compute.device)
-        log_p = F.log_prob(degia.flow_view(compute.images(x), F.shape), c.to(compute.device), u)
-        total += bits_per_dim(log_p, F.dim).sum().item()
-    return total / len(images)
+        return torch.cat([M.eval()(compute.images(part))[0].float().cpu() for part in parts])
 
+@torch.no_grad()
 def evaluate_degia(compute, M, F, domains, folder):
-    """`scores` of M per domain, and the MSE of the mean pose; bits per dimension of F on the source."""
-    results, rows, labels, captions, points = {"domains": {}}, [], [], [], []
+    """Per domain accuracy of digits in percent; MSE of landmarks (shares) and of the mean pose, pixels, PCK:
+    percentage within 5 %. Mean bits per dimension of F on the source: float32, prior without noise shift."""
+    results, labels, captions, points = {"domains": {}}, [], [], []
     for name, (images, y) in domains.items() if M else ():
         output = predict(M, images, compute)
-        numbers = results["domains"][name] = scores(output, y, images.shape[-1])
-        rows.append(images[:16] / 255)
-        labels += [f"{name} {value:.1f} {measure}" for measure, value in list(numbers.items())[-1:]]
         if y.is_floating_point():
-            numbers["mean pose"] = (M.template.cpu() - y).square().mean().item()
+            error = torch.linalg.vector_norm((output - y).view(-1, 17, 2), dim=2)
+            mse, mean_pose = ((pose - y).square().mean().item() for pose in (output, M.template.cpu()))
+            pixels, pck = error.mean().item() * images.shape[-1], 100 * (error < .05).float().mean().item()
+            results["domains"][name] = {"mse": mse, "pixels": pixels, "pck": pck, "mean pose": mean_pose}
+            labels.append(f"{name} {pck:.1f} pck")
             points.append(torch.stack([y, output], 1)[:16].unflatten(2, (17, 2)).tolist())
         else:
+            accuracy = 100 * (output.argmax(1) == y).float().mean().item()
+            results["domains"][name] = {"accuracy": accuracy}
+            labels.append(f"{name} {accuracy:.1f} accuracy")
             captions.append([(f"{s} ({t})", s == t) for s, t in zip(output.argmax(1), y[:16])])
     if M:
-        grid(rows, labels, folder / "domains.png", captions=captions, points=points)
+        grid([x[:16] / 255 for x, _ in domains.values()], labels, folder / "domains.png", 2, captions, points)
     if F:
         images, y = domains["source"]
-        results["bits_per_dim"] = round(flow_bits(F, images, degia.classes_of(y, F), compute), 4)
+        total, gen = 0., torch.Generator(compute.device).manual_seed(0)
+        for x, c in zip(images.split(500), degia.classes_of(y, F).split(500)):
+            u = torch.rand(len(x), *F.shape, generator=gen, device=compute.device)
+            log_p = F.log_prob(degia.flow_view(compute.images(x), F.shape), c.to(compute.device), u)
+            total += flows.bits_per_dim(log_p, F.dim).sum().item()
+        results["bits_per_dim"] = round(total / len(images), 4)
         classes = torch.arange(len(F.poses), device=compute.device).repeat_interleave(12)
-        rows = F.sample(classes, torch.Generator(compute.device).manual_seed(0)).split(12)
+        rows = F.sample(classes, gen.manual_seed(0)).split(12)
         grid(rows, [f"F, class {c}" for c in range(len(rows))], folder / "flow.png", max(2, 56 // F.shape[1]))
     return results
 def picture_new_samples(x_src, pool, per_round, path):
@@ -138,8 +131,7 @@ def landmark_errors(R, pairs, compute, most=10 ** 6):
         folded.append((warp.jacobian_determinant(phi) <= 0).float().mean((1, 2)).cpu())
         if pairs.points is not None:
             p_a, p_b = pairs.points[part].to(phi).split(2, -1)
-            p = torch.stack([p_a, warp.warp_points(p_a, phi)])  # before and after
-            distances.append(torch.linalg.vector_norm(p - p_b, dim=-1).cpu())
+            distances.append((torch.stack([p_a, warp.warp_points(p_a, phi)]) - p_b).norm(dim=-1).cpu())
     kinds = ({} if pairs.salient is None else {"salient": pairs.salient}) | {"scene": slice(None)}
     before, after = ({kind: d[:, which].nanmean(1).nanmean().item() for kind, which in kinds.items()}
                      for d in torch.cat(distances, 1)) if distances else ({"scene": None}, {"scene": None})
@@ -175,12 +167,12 @@ def picture_pairs(phi, I_a, I_b, path):
     scale = max(1, (128 if len(phi) > 1 else 384) // phi.shape[-1])
     grid([images[:8] for images in rows.values()], list(rows), path, scale)
 def print_table(results):
-    """The numbers of results.json, a line per domain or set of pairs."""
-    tables = {name: value for name, value in results.items() if isinstance(value, dict)}
-    print("\n" + ", ".join(f"{name} {value}" for name, value in results.items() if name not in tables))
-    for name, numbers in {**tables.pop("domains", {}), **tables}.items():
-        known = {measure: value for measure, value in numbers.items() if value is not None}
-        print(f"  {name:17s}" + "".join(f"  {measure} {value:8.5f}" for measure, value in known.items()))
+    """What results.json says of a run, and its numbers, a line per domain or set of pairs."""
+    about = "task method backbone order similarity seed steps seconds bits_per_dim folding".split()
+    print("\n" + ", ".join(f"{name} {results[name]}" for name in about if name in results))
+    sets = {name: value for name, value in results.items() if isinstance(value, dict)}
+    for name, numbers in {**sets.pop("domains", {}), **sets}.items():
+        print(f"  {name:17s}", *(f"{k} {v:8.5f}" for k, v in numbers.items() if v is not None), sep="  ")
 
 # ---------------------------------------------------------------- a run folder
 def load_checkpoint(folder, task=None):
@@ -219,10 +211,9 @@ def read_files(o, compute, M, files, folder):
     print(f"written: {folder}/images.png, landmarks.csv and *_aligned.png")
 def similarity(p, q):
     """Matrix (2,3) of the turn, scaling and shift that takes points p (N,2) closest to q in least squares."""
-    z, w = (torch.view_as_complex(x - x.mean(0)) for x in (p, q))
-    a = (z.conj() * w).sum() / z.abs().square().sum()
-    turn = torch.view_as_real(torch.stack([a, 1j * a])).T
-    return torch.cat([turn, (q.mean(0) - turn @ p.mean(0))[:, None]], 1)
+    z, w = map(torch.view_as_complex, (p, q))  # w = a z + b: a turns and scales, b shifts
+    a, b = torch.linalg.lstsq(torch.stack([z, torch.ones_like(z)], 1), w[:, None]).solution
+    return torch.view_as_real(torch.cat([a, 1j * a, b])).T
 def align_files(o, compute, R, reading, files, folder):
     """Write A aligned to B at B's size, sampled from A as stored; the field in pixels of B; overlays."""
     if len(files) != 2:
@@ -238,6 +229,51 @@ def align_files(o, compute, R, reading, files, folder):
     Image.fromarray(aligned.permute(1, 2, 0).squeeze(-1).numpy()).save(name + "_aligned.png")
     np.save(name + "_field.npy", phi[0].cpu().numpy())
     print(f"written: {name}_aligned.png, {name}_field.npy, {name}_overlay.png")
+
+# ---------------------------------------------------------------- the papers' tables
+def numbers_of(results):
+    """{column: number} of a results.json: accuracy or MSE of each domain; landmark errors in pixels."""
+    if "domains" in results:
+        numbers = {name: next(iter(values.values())) for name, values in results["domains"].items()}
+        return {**numbers, "unseen": np.mean([*numbers.values()][1:] or np.nan)}
+    sets = {"": "registered", "train ": "registered_train", "before ": "unregistered"}
+    numbers = {mark + kind: value for mark, name in sets.items() for kind, value in results[name].items()}
+    return {name: value for name, value in numbers.items() if value is not None}
+def tables(args):
+    """Train the rows of figures/papers.csv that are not trained yet; rows with the same options share a run.
+    Print and write the mean and deviation over the seeds there are; figure 5 from the logs of its rows."""
+    here, missing, lines = Path(__file__).parent, {}, []
+    rows = csv.DictReader((here / "figures" / "papers.csv").read_text().splitlines())
+    rows = [row for row in rows if row.pop("task") == args.task and re.match(args.rows, row["row"])]
+    if not rows:
+        raise ValueError(f"--rows {args.rows}: no row of figures/papers.csv begins so; choose another")
+    for row in rows:
+        row["options"] = " ".join(filter(None, [args.task, row["options"], shlex.join(args.others)]))
+        row["folder"] = args.out / re.sub(r"[^\w.]+", "_", row["options"])
+        folders = [row["folder"] / str(seed) for seed in range(args.seeds)]
+        missing |= {folder: row["options"] for folder in folders if not (folder / "results.json").exists()}
+    for i, (folder, words) in enumerate(missing.items(), 1):
+        words += f" --seed {folder.name} --out {shlex.quote(str(folder))}"
+        words += " --resume" * (folder / "checkpoint.pt").exists()
+        print(f"run {i} of {len(missing)}: python train.py {words}", flush=True)
+        script = [sys.executable, here / "train.py", *shlex.split(words)]
+        if subprocess.run(script, stdout=subprocess.DEVNULL).returncode:
+            raise ValueError(f"{folder}: this run failed, see above; the same command goes on with the rest")
+
+    logs = {row["row"][2:]: row["folder"] / "0" / "log.csv" for row in rows if row["row"].startswith("5 ")}
+    for row in rows:
+        runs = [json.loads(path.read_text()) for path in sorted(row.pop("folder").glob("*/results.json"))]
+        row |= {"n": len(runs), "seconds": np.mean([run["seconds"] for run in runs])}
+        values = np.array([list(numbers_of(run).values()) for run in runs])
+        deviations = values.std(0, ddof=1) if len(runs) > 1 else np.nan * values[0]
+        cells = list(zip(numbers_of(runs[0]), values.mean(0), deviations))
+        shown = [f"{name} {mean:6.4g}" + f" ± {d:<5.2g}" * (len(runs) > 1) for name, mean, d in cells]
+        print(f"{row['row']:36} n {len(runs)}", *shown, f"{row['seconds']:.0f} s", row["paper"], sep="  ")
+        lines += [{**row, **dict(zip(("measure", "mean", "deviation"), cell))} for cell in cells]
+    write_csv(lines, args.out / f"{args.task}.csv")
+    if logs:
+        plot(logs, args.out / "figure_5.png", ("landmarks", "recon", "D", "gan"))
+
 def exit_on_bad_input(main):
     """Run main(argv); a ValueError or OSError becomes one line and exit code 2, Ctrl-C one line and 130."""
     try:
@@ -250,39 +286,47 @@ def exit_on_bad_input(main):
         sys.exit(130)
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("run", help="folder of a trained run")
+    if argv[:1] == ["tables"]:
+        parser.add_argument("tables", help="the papers' tables; options not named here go to train.py")
+        parser.add_argument("task", choices=("degia", "reg"))
+        parser.add_argument("--rows", default="", help="regular expression of the rows; 2: all of table 2")
+        parser.add_argument("--seeds", type=int, default=1, help="runs of each row")
+        parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder of all these runs")
+        args, others = parser.parse_known_args(argv)
+        return argparse.Namespace(**vars(args), others=others)
+    parser.add_argument("run", help="folder of a trained run, or: tables degia, tables reg")
     parser.add_argument("--data", help="measure on this data (of hands on every 10th image; --unseen: all)")
     parser.add_argument("--unseen", nargs="+", help="measure on these unseen domains")
     parser.add_argument("--images", nargs="+", help="apply the run to these image files")
     return parser.parse_args(argv)
 def main(argv):
     args = parse(argv)
+    if "tables" in args:
+        return tables(args)
     folder, checkpoint = Path(args.run), load_checkpoint(args.run)
-    o, reading = argparse.Namespace(**checkpoint["config"]), None  # how the files of pairs are read
-    compute, about = Compute(o.dtype), {"task": checkpoint["task"], "steps": checkpoint["step"]}
-    about |= {name: vars(o)[name] for name in ABOUT if name in vars(o)}
+    o = argparse.Namespace(**checkpoint["config"])
+    compute = Compute(o.dtype)
     if checkpoint["task"] == "degia":
         nets = {name: net for name, net in zip("MF", degia.build(o)) if name in degia.TRAINED[o.method]}
     else:
         reading = {side: (int(how[0]), *how[1:].tolist()) for side, how in checkpoint["extra"].items()}
-        nets = dict(zip("RTD", geomreg.build(o, (reading["A"][0], reading["B"][0]))))
+        nets = geomreg.build(o, reading["A"][0], reading["B"][0])
     for name, net in nets.items():
         compute.place(net).load_state_dict(checkpoint["state"][name])
     M, F, R = map(nets.get, "MFR")
     o.data, o.unseen = args.data or o.data, args.unseen or getattr(o, "unseen", [])
     if args.images and R:
-        align_files(o, compute, R, reading, args.images, folder)
-    elif args.images and M:
-        read_files(o, compute, M, args.images, folder)
-    elif args.images or args.unseen and R:
+        return align_files(o, compute, R, reading, args.images, folder)
+    if args.images and M:
+        return read_files(o, compute, M, args.images, folder)
+    if args.images or args.unseen and R:
         raise ValueError(f"{folder}: its networks, {', '.join(nets)}, cannot do that; name another run")
-    elif R:
-        pairs, _ = data.load_pairs(o, folder, reading)
-        print_table({**about, **evaluate_reg(compute, R, pairs, folder)})
+    if R:
+        measured = evaluate_reg(compute, R, data.load_pairs(o, folder, reading)[0], folder)
     else:
         o.validate, o.train = o.validate and not args.unseen, 10  # the training images are not needed
-        _, _, domains = data.LOADERS[o.task](o, folder)
-        print_table({**about, **evaluate_degia(compute, M, F, domains, folder)})
+        measured = evaluate_degia(compute, M, F, data.LOADERS[o.task](o, folder)[2], folder)
+    print_table({**checkpoint["config"], "task": checkpoint["task"], "steps": checkpoint["step"], **measured})
 
 if __name__ == "__main__":
     exit_on_bad_input(main)

@@ -96,7 +96,7 @@ class Flow(nn.Module):
         self.levels = nn.ModuleList(nn.ModuleList(layer for _ in range(steps) for layer in (
             ActNorm(width), Invertible1x1(width), AffineCoupling(width, hidden))) for width in widths)
         self.prior = Prior(self.dim, classes, gamma, lam)
-    def forward(self, x, u):
+    def forward(self, x, u, initialise=False):
         """z = F(x) (B,D) and log |det dz/dy| (B,) of images x (B,C,S,S) in [0,1], with u (B,C,S,S)."""
         y = SQUEEZED_LOGIT + (1 - 2 * SQUEEZED_LOGIT) * ((255 * x + u) / 256)
         h, z = torch.logit(y), []
@@ -104,6 +104,8 @@ class Flow(nn.Module):
         for level in self.levels:
             h = torch.pixel_unshuffle(h, 2)  # squeeze: (B,C,H,W) -> (B,4C,H/2,W/2)
             for layer in level:
+                if initialise and isinstance(layer, ActNorm) and not layer.is_set:
+                    layer.initialise(h)
                 h, change = layer(h)
                 log_det = log_det + change
             if level is not self.levels[-1]:
@@ -113,11 +115,7 @@ class Flow(nn.Module):
     @torch.no_grad()
     def initialise(self, x, u):
         """Let every ActNorm that has not been set yet set itself from the batch x."""
-        hooks = [layer.register_forward_pre_hook(lambda layer, inputs: layer.initialise(*inputs))
-                 for layer in self.modules() if isinstance(layer, ActNorm) and not layer.is_set]
-        self(x, u)
-        for hook in hooks:
-            hook.remove()
+        self(x, u, initialise=True)
     def inverse(self, z):
         """y = (255 x + u)/256 (B,C,S,S) for the x, u with F(x, u) = z, in float32."""
         n, side = self.dim * 2 // 2 ** len(self.levels), self.shape[1] // 2 ** len(self.levels)

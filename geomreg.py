@@ -4,7 +4,7 @@
     R, T      phi = R(I_a, I_b), a displacement field (B,2,H,W) in pixels; T translates A's look into B's
     D         conditional patch discriminator: is this the B that belongs to I_a?
     O_RT = R_S(T(I_a), phi)  translate first          O_TR = T(R_S(I_a, phi))  register first
-Both orders share one phi: if T moved anything, not both could match I_b. The loop is `train.train_reg`.
+Both orders share one phi: if T moved anything, not both could match I_b. A step is `train.dual_flow_step`.
 """
 import torch
 import torch.nn as nn
@@ -85,19 +85,19 @@ class Translator(nn.Module):
         return torch.tanh(self.net(pad(I_a, self.multiple))[..., :I_a.shape[2], :I_a.shape[3]].float())
 
 class Discriminator(nn.Module):
-    """D: a logit for each patch of a pair (I_a, I_b or a fake), as in pix2pix."""
-    def __init__(self, a, b, w):
+    """D: a logit for each patch of images of c channels in all, I_a and I_b or a fake, as in pix2pix."""
+    def __init__(self, c, w):
         super().__init__()
-        self.net = nn.Sequential(conv_relu(a + b, w, 4, 2), conv_relu(w, 2 * w, 4, 2, norm=True),
+        self.net = nn.Sequential(conv_relu(c, w, 4, 2), conv_relu(w, 2 * w, 4, 2, norm=True),
                                  conv_relu(2 * w, 4 * w, 4, 2, norm=True),
                                  conv_relu(4 * w, 8 * w, 4, norm=True), conv(8 * w, 1, 4))
     def forward(self, I_a, I):
         return self.net(pad(torch.cat([I_a, I], 1), 32)).float()
 
-def build(o, channels):
-    """R, T and D of the options o for A and B of so many channels, untrained."""
-    R = {"pyramid": Pyramid, "unet": UNet}[o.registration](*channels, o.R_width)
-    return R, Translator(*channels, o.T_width, o.T_blocks), Discriminator(*channels, o.D_width)
+def build(o, a, b):
+    """{"R", "T", "D"} of the options o for a and b channels, untrained."""
+    R = {"pyramid": Pyramid, "unet": UNet}[o.registration](a, b, o.R_width)
+    return {"R": R, "T": Translator(a, b, o.T_width, o.T_blocks), "D": Discriminator(a + b, o.D_width)}
 
 # ---------------------------------------------------------------- losses
 def adversarial(logits, real):

@@ -25,22 +25,19 @@ def train_degia(o, run):
     if o.task == "hands":
         M.template, F.poses = y_src.mean(0), degia.k_means(y_src, o.classes)
     x_src, y_src, c_src = (t.to(run.device) for t in (x_src, y_src, degia.classes_of(y_src, F)))
-    M, F = map(run.compute.place, (M, F))
-    opt_M = torch.optim.Adam(M.parameters(), o.lr, fused=True)
-    opt_F = torch.optim.Adam(F.parameters(), o.flow_lr, fused=True)
     pool = {"x": x_src[:0].clone(), "source": c_src[:0].clone()}  # new samples, their source images
-    run.start({"M": M, "F": F, "opt_M": opt_M, "opt_F": opt_F}, pool)
-    trained = {name: net for name, net in zip("MF", (M, F)) if name in degia.TRAINED[o.method]}
+    run.start({"M": M, "F": F}, {"M": o.lr, "F": o.flow_lr}, pool)
     rounds = range(1, o.rounds + 1) if o.method in ("degia", "ada") else ()
     rounds = {round(o.steps * i / (o.rounds + 2)) for i in rounds}  # the steps that begin with a max phase
     first = degia.flow_view(run.compute.images(x_src[:512]), F.shape)
     F.initialise(first, torch.rand(first.shape, **run.random(0, 2)))
+    M, F = (net if name in degia.TRAINED[o.method] else None for name, net in zip("MF", (M, F)))
 
-    for step in range(run.step, o.steps):
+    for step in range(run.step, run.end):
         # ---- maximization, eq. (7): ORIGINAL images climb to new samples of plausible new domains
         if step in rounds:
             picked = torch.randperm(len(x_src), **run.random(step, 1))[:round(o.beta * len(x_src)) or 1]
-            new = new_samples(o, run, step, M, trained.get("F"), x_src[picked], y_src[picked], c_src[picked])
+            new = new_samples(o, run, step, M, F, x_src[picked], y_src[picked], c_src[picked])
             pool["x"], pool["source"] = torch.cat([pool["x"], new]), torch.cat([pool["source"], picked])
             if run.rank == 0:
                 evaluation.picture_new_samples(x_src, pool, len(picked), run.folder / "new_samples.png")
@@ -49,24 +46,20 @@ def train_degia(o, run):
         gen, losses, share = run.random(step), {}, round(o.share * o.batch) if len(pool["x"]) else 0
         originals = torch.randint(len(x_src), (o.batch - share,), **gen)
         samples = torch.randint(max(1, len(pool["x"])), (share,), **gen)
-        u, n = torch.rand(o.batch, *F.shape, **gen), torch.randn(o.batch, NOISE_DIM, **gen)
         x = run.compute.images(torch.cat([x_src[originals], pool["x"][samples]])[run.mine])
         y, c = (t[torch.cat([originals, pool["source"][samples]])][run.mine] for t in (y_src, c_src))
-        if "M" in trained:
+        if M:
             with run.compute.autocast():
-                output, _ = M(x)
-            losses["task"] = degia.task_loss(output, y).mean()
-            run.descend(losses["task"], opt_M)
-        if "F" in trained:
-            with run.compute.autocast():
-                shift = F.prior.shift(n)[run.mine]  # normalised over the whole batch, whoever computes it
-                log_p = F.log_prob(degia.flow_view(x, F.shape), c, u[run.mine], shift)
+                losses["task"] = degia.task_loss(M(x)[0], y).mean()
+            run.descend(losses["task"], "M")
+        if F:
+            u, n = torch.rand(o.batch, *F.shape, **gen), torch.randn(o.batch, NOISE_DIM, **gen)
+            with run.compute.autocast():  # the shift is normalised over the whole batch, whoever computes it
+                log_p = F.log_prob(degia.flow_view(x, F.shape), c, u[run.mine], F.prior.shift(n)[run.mine])
             losses["bits_per_dim"] = bits_per_dim(log_p, F.dim).mean()
-            run.descend((-log_p / F.dim).mean(), opt_F, clip=10.)
-        if not run.end_step(losses, save=step in rounds):
-            return
-    if run.rank == 0:
-        M, F = trained.get("M"), trained.get("F")
+            run.descend((-log_p / F.dim).mean(), "F", clip=10.)
+        run.end_step(losses, save=step in rounds)
+    if run.rank == 0 and run.step == o.steps:
         run.finish(evaluation.evaluate_degia(run.compute, M, F, domains, run.folder))
 
 def new_samples(o, run, step, M, F, x_src, y_src, c_src):
@@ -76,7 +69,6 @@ def new_samples(o, run, step, M, F, x_src, y_src, c_src):
     u = torch.rand(len(x_src), *(F.shape if F else (1,)), **gen)
     n = torch.randn(len(x_src), NOISE_DIM, **gen)
     eta = o.eta * torch.rand(len(x_src), 1, 1, 1, **gen)
-    M.eval()
     for one in c_src.unique()[run.rank::run.world]:
         rows = torch.nonzero(c_src == one)[:, 0]
         for part in rows.tensor_split(-(-len(rows) // 256)):  # P_x of eq. (7) is that of a part
@@ -88,78 +80,80 @@ def new_samples(o, run, step, M, F, x_src, y_src, c_src):
             def objective(x):
                 return degia.max_objective(x, y, c, M, F, feature_src, u[part], shift, o.alpha, o.density)
             new[part] = data.to_uint8(degia.ascend(x, objective, o.K, eta[part], o.blur))
-    M.train()
-    if run.world > 1:
-        dist.all_reduce(new)
-    return new
+    return run.total(new)
 
 # ---------------------------------------------------------------- registration: the dual-flow loop
 def train_reg(o, run):
-    """One field, two orders, translate-register and register-translate: both must look like I_b, eq. (6)."""
+    """Read the pairs (large ones stay memory maps), train the networks of R's teacher, measure R."""
     pairs, reading = data.load_pairs(o, run.folder)
-    A, B = pairs["train"].A, pairs["train"].B
-    A, B = (I.to(run.device) if I.numel() < 2 ** 28 else I for I in (A, B))  # large ones stay memory maps
-    R, T, D = map(run.compute.place, geomreg.build(o, (A.shape[1], B.shape[1])))
-    opt_R, opt_T, opt_D = (torch.optim.Adam(N.parameters(), o.lr, (.5, .999), fused=True) for N in (R, T, D))
+    A, B = (I.to(run.device) if I.numel() < 2 ** 28 else I for I in (pairs["train"].A, pairs["train"].B))
+    nets = geomreg.build(o, A.shape[1], B.shape[1])
     extra = {side: torch.tensor(how, dtype=torch.float64) for side, how in reading.items()}
-    run.start({"R": R, "T": T, "D": D, "opt_R": opt_R, "opt_T": opt_T, "opt_D": opt_D}, extra)
-    translation = o.similarity == "translation"
+    run.start(nets, dict.fromkeys(nets, o.lr), extra, betas=(.5, .999))
+    def watch():  # for the log; the landmarks of training pairs never train
+        error = evaluation.landmark_errors(nets["R"], pairs["train"], run.compute, 25)[1]["scene"]
+        return {} if error is None else {"landmarks": error}
 
-    for step in range(run.step, o.steps):
-        gen, losses, progress = run.random(step), {}, step / o.steps
-        g, picked = gen["generator"], torch.randint(len(A), (o.batch,), **gen).to(A.device)
-        I_a, I_b = data.augment(*(run.compute.images(I[picked]) * 2 - 1 for I in (A, B)), o.crop, o.deform, g)
-        I_a, I_b = I_a[run.mine], I_b[run.mine]
+    for step in range(run.step, run.end):
+        gen = run.random(step)
+        picked = torch.randint(len(A), (o.batch,), **gen).to(A.device)
+        I_a, I_b = (run.compute.images(I[picked]) * 2 - 1 for I in (A, B))
+        I_a, I_b = (I[run.mine] for I in data.augment(I_a, I_b, o.crop, o.deform, gen["generator"]))
+        run.end_step(dual_flow_step(o, run, gen, I_a, I_b, **nets), watch)
+    if run.rank == 0 and run.step == o.steps:
+        run.finish(evaluation.evaluate_reg(run.compute, nets["R"], pairs, run.folder))
+
+def dual_flow_step(o, run, gen, I_a, I_b, R, T, D):
+    """One field, two orders, translate-register and register-translate: both must look like I_b, eq. (6)."""
+    translation, losses, progress = o.similarity == "translation", {}, run.step / o.steps
+    with run.compute.autocast():
+        phi = R(I_a, I_b)
+        moved, fakes = warp.resample(I_a, phi), ()
+        if translation:
+            T_a = T(I_a)
+            O_TR = T(moved)                 # register first
+            O_RT = warp.resample(T_a, phi)  # translate first
+            fakes = {"both": (O_RT, O_TR), "translate-first": (O_RT,), "register-first": (O_TR,)}[o.order]
+
+    # ---- (1) max over D of eq. (5): tell I_b from the fakes, given I_a
+    if translation and o.adversarial:
         with run.compute.autocast():
-            phi = R(I_a, I_b)
-            moved, fakes = warp.resample(I_a, phi), ()
-            if translation:
-                T_a = T(I_a)
-                O_TR = T(moved)                 # register first
-                O_RT = warp.resample(T_a, phi)  # translate first
-                fakes = {"both": (O_RT, O_TR), "translate-first": (O_RT,), "register-first": (O_TR,)}[o.order]
+            real, *fake = (D(I_a, I.detach()) for I in (I_b, *fakes))
+        losses["D"] = geomreg.adversarial(real, True) + geomreg.adversarial(torch.cat(fake), False)
+        run.descend(losses["D"], "D")
+        with run.compute.autocast():  # the fakes' own wish belongs to (2)
+            losses["gan"] = sum(geomreg.adversarial(D(I_a, O), True) for O in fakes)
 
-        # ---- (1) max over D of eq. (5): tell I_b from the fakes, given I_a
-        if translation and o.gan:
-            with run.compute.autocast():
-                real, *fake = (D(I_a, I.detach()) for I in (I_b, *fakes))
-            losses["D"] = geomreg.adversarial(real, True) + geomreg.adversarial(torch.cat(fake), False)
-            run.descend(losses["D"], opt_D)
-            D.requires_grad_(False)  # the fakes' own wish belongs to (2)
-            with run.compute.autocast():
-                losses["gan"] = sum(geomreg.adversarial(D(I_a, O), True) for O in fakes)
-            D.requires_grad_(True)
-
-        # ---- (2) min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
-        scales = o.scales if progress < .2 else min(2, o.scales)  # far matches first, then precise ones
-        stiff = o.smooth * min(1., .1 + 3 * progress)  # a field that is stiff at once never begins to move
-        losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
-        measure, seen = (o.match, fakes) if translation else (o.similarity, (moved,))
-        distances = [geomreg.distance(measure, I, I_b, o.window, scales) for I in seen]
-        losses["recon"] = 2 * sum(distances) / len(seen)  # a single order pulls as hard as two
-        if translation and o.practice:  # not in the paper: find a known field between A and T's picture of it
-            known = warp.random_field(o.batch, I_a.shape[-2:], *data.MISALIGNED, g)[run.mine]
-            light = torch.randn(2, o.batch, 1, 1, 1, **gen)[:, run.mine]
-            picture = warp.resample(T_a.detach(), known, "border") * (1 + .3 * light[0]) + .2 * light[1]
-            with run.compute.autocast():
-                guess = R(I_a, picture)  # picture = R_S(T_a, known)
-            losses["practice"] = warp.length(guess - known).mean() / o.width
-        weights = {"gan": o.gan, "recon": o.recon, "smooth": stiff, "practice": o.practice}
-        loss = sum(weight * losses[name] for name, weight in weights.items() if name in losses)
-        run.descend(loss, *[opt_R, opt_T] if translation else [opt_R], clip=10.)
-        if run.rank == 0 and step % max(1, o.steps // 5) == 0:
-            evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
-        if not run.end_step(losses):
-            return
-    if run.rank == 0:
-        run.finish(evaluation.evaluate_reg(run.compute, R, pairs, run.folder))
+    # ---- (2) min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
+    scales = o.scales if progress < .2 else min(2, o.scales)  # far matches first, then precise ones
+    stiff = o.smooth * min(1., .1 + 3 * progress)  # a field that is stiff at once never begins to move
+    losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
+    measure, seen = (o.match, fakes) if translation else (o.similarity, (moved,))  # one pulls as hard as two:
+    losses["recon"] = 2 / len(seen) * sum(geomreg.distance(measure, I, I_b, o.window, scales) for I in seen)
+    if translation and o.practice:  # not in the paper: find a known field between A and T's picture of it
+        known = warp.random_field(o.batch, I_a.shape[-2:], *data.MISALIGNED, gen["generator"])[run.mine]
+        light = torch.randn(2, o.batch, 1, 1, 1, **gen)[:, run.mine]
+        picture = warp.resample(T_a.detach(), known, "border") * (1 + .3 * light[0]) + .2 * light[1]
+        with run.compute.autocast():
+            losses["practice"] = warp.length(R(I_a, picture) - known).mean() / o.width
+    weights = {"gan": o.adversarial, "recon": o.recon, "smooth": stiff, "practice": o.practice}
+    terms = {name: weight * losses[name] for name, weight in weights.items() if name in losses}
+    nets = "RT" if translation else "R"
+    only = {"gan": o.gan, "recon": o.l1}.items()  # table 2: a loss that trains one of the two
+    alone = [(terms.pop(name), net) for name, net in only if name in terms and net in nets]
+    run.descend(sum(terms.values()), *nets, clip=10., alone=alone)
+    if run.rank == 0 and run.step % max(1, o.steps // 5) == 0:
+        evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
+    return losses
 
 # ---------------------------------------------------------------- options
 def option(default, text, low=None, high=float("inf"), paper=None, hands=None, paper_hands=None):
     """An option: default, help, allowed range or tuple; defaults of --paper, of --task hands, of both."""
     choices, low = (low, None) if isinstance(low, tuple) else (None, low)
-    return dataclasses.field(default_factory=lambda: default, metadata=dict(
-        help=text, choices=choices, low=low, high=high, paper=paper, hands=hands, paper_hands=paper_hands))
+    stated = {"paper": paper, "hands": hands, "paper_hands": paper_hands}
+    shown = "".join(f"; {mode} {value}" for mode, value in stated.items() if value is not None)
+    return dataclasses.field(default_factory=lambda: default, metadata=stated | {
+        "help": f"{text} (default {default}{shown})", "choices": choices, "low": low, "high": high})
 @dataclasses.dataclass
 class Common:
     out: str = option("", "run folder; if not given, runs/degia or runs/reg")
@@ -211,7 +205,9 @@ class Reg(Common):
     steps: int = option(2000, "training steps", 1)
     batch: int = option(16, "pairs per step, over all processes", 1, paper=12)
     lr: float = option(3e-3, "learning rate; linear to 0 over the second half", 0, paper=1e-4)
-    gan: float = option(.2, "weight of the adversarial loss; 0: no D", 0, paper=1.)
+    gan: str = option("both", "whom the adversarial loss trains (table 2)", ("both", "R", "T"))
+    l1: str = option("both", "whom L_recon trains (table 2)", ("both", "R", "T"))
+    adversarial: float = option(.2, "weight of the adversarial loss; 0: no D", 0, paper=1.)
     recon: float = option(20., "weight of L_recon, or of the classical measure", 0, paper=100.)
     smooth: float = option(400., "weight lambda_S of the smoothness", 0, paper=200.)
     alpha: float = option(1., "how much the field may bend at edges, eq. (3)", 0, paper=1.)
@@ -234,10 +230,7 @@ def parse(argv):
         for f in dataclasses.fields(kind):
             how = {bool: {"action": "store_true"}, list: {"nargs": "+"}}
             how = how.get(f.type, {"type": f.type, "choices": f.metadata["choices"]})
-            stated = (k for k in ("paper", "hands", "paper_hands") if f.metadata[k] is not None)
-            other = "".join(f"; {k} {f.metadata[k]}" for k in stated)
-            text = f"{f.metadata['help']} (default {f.default_factory()}{other})"
-            sub.add_argument(f"--{f.name}".replace("_", "-"), help=text, **how)
+            sub.add_argument(f"--{f.name}".replace("_", "-"), help=f.metadata["help"], **how)
     given = vars(parser.parse_args(argv))
     task, resume, paper = (given.pop(name, False) for name in ("command", "resume", "paper"))
     about = {f.name: f.metadata for f in dataclasses.fields(TASKS[task][0])}
@@ -253,8 +246,8 @@ def parse(argv):
 # ---------------------------------------------------------------- one run: processes, log, checkpoint
 class Run:
     """What a run computes on and what it leaves behind: processes, device, log, checkpoint."""
-    def __init__(self, o, checkpoint):
-        self.o, self.checkpoint, self.folder, self.task = o, checkpoint, Path(o.out), type(o).__name__.lower()
+    def __init__(self, o, begun):
+        self.o, self.begun, self.folder, self.task = o, begun, Path(o.out), type(o).__name__.lower()
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if o.batch % self.world:
             raise ValueError(f"--batch {o.batch}: not a multiple of the {self.world} processes; change it")
@@ -264,58 +257,63 @@ class Run:
         torch.manual_seed(o.seed)  # for the networks' first values
         if self.world > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        begun = checkpoint or {"step": 0, "seconds": 0., "log": []}
         self.step, self.rows, self.history, self.saved = begun["step"], begun["log"], [], time.time()
-        self.began = self.saved - begun["seconds"]
+        self.began, self.end = self.saved - begun["seconds"], min(o.stop_after or o.steps, o.steps)
     def random(self, step, stream=0):
         """For torch.rand and the like in a step; streams: 0 its batch, 1 its max phase, 2 the start."""
         generator = torch.Generator(self.device).manual_seed((self.o.seed * 10 ** 8 + step) * 4 + stream)
         return {"generator": generator, "device": self.device}
-    def start(self, parts, extra):
-        """Load the checkpoint, if any, into networks, optimizers and `extra` tensors; make the run folder."""
-        self.parts, self.extra = parts, extra
-        if self.checkpoint:
-            for name, part in parts.items():
-                part.load_state_dict(self.checkpoint["state"][name])
-            extra.update({name: t.to(self.device) for name, t in self.checkpoint["extra"].items()})
-        for part in parts.values() if self.world > 1 else ():
-            for t in filter(torch.is_tensor, part.state_dict().values()):  # of the networks
+    def total(self, t):
+        """t, summed in place over the processes."""
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
+    def start(self, nets, rates, extra, betas=(.9, .999)):
+        """Place networks, each with an Adam; load what was begun into them and `extra`; make the folder."""
+        self.parts, self.extra = dict(nets), extra
+        for name, net in nets.items():
+            parameters = self.compute.place(net).parameters()
+            self.parts[f"opt_{name}"] = torch.optim.Adam(parameters, rates[name], betas, fused=True)
+            for t in net.state_dict().values() if self.world > 1 else ():
                 dist.broadcast(t, 0)
+        for name, state in self.begun["state"].items():
+            self.parts[name].load_state_dict(state)
+        extra.update({name: t.to(self.device) for name, t in self.begun["extra"].items()})
         if self.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(vars(self.o), indent=1) + "\n")
             self.save()
-    def descend(self, loss, *optimizers, clip=None):
-        """A step of each optimizer; gradients are averaged over the processes."""
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            group = optimizer.param_groups[0]
-            for p in group["params"] if self.world > 1 else ():
-                dist.all_reduce(p.grad)
-                p.grad /= self.world
+    def descend(self, loss, *nets, clip=None, alone=()):
+        """A step of the named networks down loss, of one down more for each (loss, name) in alone. No other
+        network receives a gradient; gradients are averaged over the processes."""
+        moved = {net: list(self.parts[net].parameters()) for net in nets}
+        for net in nets:
+            self.parts[net].zero_grad()
+        for term, net in alone:
+            (term / self.world).backward(inputs=moved[net], retain_graph=True)
+        (loss / self.world).backward(inputs=sum(moved.values(), []))
+        for net, parameters in moved.items():
+            for gradient in (p.grad for p in parameters if p.grad is not None):
+                self.total(gradient)
             if clip:
-                torch.nn.utils.clip_grad_norm_(group["params"], clip)
-            group["lr"] = optimizer.defaults["lr"] * min(1., 2 - 2 * self.step / self.o.steps)
+                torch.nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer, rate = self.parts[f"opt_{net}"], min(1., 2 - 2 * self.step / self.o.steps)
+            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
             optimizer.step()
-    def end_step(self, losses, save=False):
-        """Log means, check and save when it is time; False if the run is to stop before its end."""
+    def end_step(self, losses, watch=dict, save=False):
+        """Log means and what watch() sees, check and save, when it is time."""
         self.step += 1
         self.history.append(torch.stack([value.detach() for value in losses.values()]))
-        stop = 0 < self.o.stop_after <= self.step
-        save = save or stop or self.step == self.o.steps
+        stop = self.step == self.o.stop_after
+        save = save or self.step == self.end
         if not save and self.step % max(1, min(50, self.o.steps // 100)):
-            return True
-        values, self.history = torch.stack(self.history).float(), []
-        if self.world > 1:
-            dist.all_reduce(values)
-        values = values.cpu() / self.world
+            return
+        values, self.history = self.total(torch.stack(self.history).float()).cpu() / self.world, []
         for row, column in torch.nonzero(~values.isfinite()).tolist():
             raise ValueError(f"step {self.step - len(values) + row + 1}: loss {list(losses)[column]} is "
                              f"{values[row, column]}; lower its learning rate and start again")
         if self.rank == 0:
-            means, seconds = dict(zip(losses, values.mean(0).tolist())), time.time() - self.began
+            seconds, means = time.time() - self.began, dict(zip(losses, values.mean(0).tolist())) | watch()
             self.rows.append({"step": self.step, **means, "seconds": seconds})
             evaluation.write_csv(self.rows, self.folder / "log.csv")
             shown = "  ".join(f"{name} {mean:8.4f}" for name, mean in means.items())
@@ -323,7 +321,6 @@ class Run:
             print(f"{ended}  {shown}  {seconds:6.0f} s  {left:6.0f} s left{', stopped' * stop}", flush=True)
             if save or time.time() - self.saved > 60:
                 self.save()
-        return not stop
     def save(self):
         """Write the checkpoint under a temporary name, then move it: at any moment there is a whole one."""
         self.saved = time.time()
@@ -336,28 +333,27 @@ class Run:
                     "state": state}, self.folder / "checkpoint.part")
         os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
     def finish(self, measured):
-        """Write results.json and the curves, print the table."""
-        about = {name: vars(self.o)[name] for name in evaluation.ABOUT if name in vars(self.o)}
-        results = {"task": self.task, **about, "steps": self.step,
-                   "seconds": round(time.time() - self.began, 1), **measured}
+        """Write results.json (the options, what was measured) and the curves, print the table."""
+        results = {**vars(self.o), "task": self.task, "seconds": round(time.time() - self.began), **measured}
         (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        evaluation.plot(self.rows, self.folder / "curves.png")
+        evaluation.plot({"": self.folder / "log.csv"}, self.folder / "curves.png")
         evaluation.print_table(results)
         print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and pictures")
 
 def main(argv):
     o, resume, given = parse(argv)
-    task, folder, checkpoint = type(o).__name__.lower(), Path(o.out), None
+    task, folder = type(o).__name__.lower(), Path(o.out)
+    begun = {"step": 0, "seconds": 0., "log": [], "state": {}, "extra": {}}
     if resume:
-        checkpoint = evaluation.load_checkpoint(folder, task)
-        config = {**checkpoint["config"], "out": o.out, "stop_after": o.stop_after}
+        begun = evaluation.load_checkpoint(folder, task)
+        config = {**begun["config"], "out": o.out, "stop_after": o.stop_after}
         other = ", ".join(f"--{name}" for name, value in given.items() if config[name] != value)
         if other:
             raise ValueError(f"{folder}: was started with another {other.replace('_', '-')}; leave it out")
         o = type(o)(**config)
     elif (folder / "checkpoint.pt").exists():
         raise ValueError(f"{folder}: holds a run already; continue it with --resume or choose another --out")
-    TASKS[task][1](o, Run(o, checkpoint))
+    TASKS[task][1](o, Run(o, begun))
     if dist.is_initialized():
         dist.barrier()  # gloo now and then aborts a process that leaves while another one works
         dist.destroy_process_group()

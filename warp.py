@@ -16,9 +16,8 @@ def look_up(I, places, padding="zeros"):
     return nnf.grid_sample(I, 2 * places.movedim(1, -1) / last - 1, "bilinear", padding, align_corners=True)
 def resample(I, phi, padding="zeros"):
     """R_S, eq. (1): R_S(I, phi)[v] = I[v + phi(v)], bilinear, zero outside; never in less than float32."""
-    with torch.autocast(phi.device.type, enabled=False):
-        phi = phi.float() if phi.dtype != torch.float64 else phi
-        return look_up(I.to(phi), grid_of(phi) + phi, padding)
+    phi = phi.to(torch.promote_types(phi.dtype, torch.float32))
+    return look_up(I.to(phi), grid_of(phi) + phi, padding)
 
 def resize_field(phi, size):
     """phi on a grid of `size` (H,W), with half-pixel centres; its values scale with the sides."""
@@ -34,18 +33,16 @@ def random_field(n, size, bend, shift, gen):
 def compose(first, then):
     """The field that does both: R_S(R_S(I, first), then) = R_S(I, compose(first, then))."""
     return then + resample(first, then, "border")
-def invert(phi, iterations=50):
-    """psi with compose(phi, psi) = 0, by psi <- -phi(v + psi(v)); converges where phi's slope is below 1."""
-    psi = -phi
-    for _ in range(iterations):
-        psi = -resample(phi, psi, "border")
-    return psi
 def warp_points(points, phi, iterations=50):
     """Where the content of I at `points` (B,N,2) is seen in R_S(I, phi): q with q + phi(q) = p, iterated."""
     q = p = points.transpose(1, 2)[..., None].to(phi)  # (B,2,N,1)
     for _ in range(iterations):
         q = p - look_up(phi, q, "border")
     return q[..., 0].transpose(1, 2)
+def invert(phi):
+    """psi with compose(phi, psi) = 0: v + psi(v) is where the content of v is seen; for slopes below 1."""
+    v = grid_of(phi).flatten(2).transpose(1, 2)
+    return (warp_points(v.expand(len(phi), -1, -1), phi) - v).transpose(1, 2).view_as(phi)
 def jacobian_determinant(phi):
     """det of d(v + phi)/dv (B,H-1,W-1) by forward differences; below 0 the field folds."""
     right, down = phi.diff(dim=3)[:, :, :-1], phi.diff(dim=2)[..., :-1]
@@ -59,13 +56,12 @@ def smoothness(phi, O_s, alpha):
     Eq. (3): B = exp(-alpha ||O_s[u] - O_s[v]||): the field may bend at the edges of O_s (B,C,H,W)."""
     height, width = phi.shape[-2:]  # phi in half-sizes of the image: a weight is one stiffness at every size
     phi = phi / torch.tensor([max(width - 1, 1) / 2, max(height - 1, 1) / 2]).to(phi).view(1, 2, 1, 1)
-    O_s, total = O_s.detach(), 0.
-    for dx, dy in ((1, 0), (0, 1), (1, 1), (-1, 1)):  # each pair once; it counts for u and for v
-        u = (..., slice(dy, None), slice(max(dx, 0), width + min(dx, 0)))
-        v = (..., slice(0, height - dy), slice(max(-dx, 0), width + min(-dx, 0)))
-        B = torch.exp(-alpha * length(O_s[u] - O_s[v]))
-        total = total + 2 * (B * length(phi[u] - phi[v])).sum()
-    return total / (len(phi) * height * width) * width / 256
+    def differences(I):  # I[u] - I[v] of each two neighbours once: side by side, above each other, diagonal
+        return (I[..., 1:] - I[..., :-1], I[..., 1:, :] - I[..., :-1, :],
+                I[..., 1:, 1:] - I[..., :-1, :-1], I[..., 1:, :-1] - I[..., :-1, 1:])
+    pairs = zip(differences(phi), differences(O_s.detach()))
+    total = sum((torch.exp(-alpha * length(edge)) * length(bend)).sum() for bend, edge in pairs)
+    return 2 * total / (len(phi) * height * width) * width / 256  # a pair counts for u and for v
 
 def colour_wheel(phi, longest):
     """phi as colours (B,3,H,W) in [0,1]: hue is the direction, saturation the length, white is 0."""
