@@ -402,20 +402,18 @@ def load_mnist(folder, split, size):
             arrays.append(np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape))
     images, labels = map(torch.tensor, arrays)
     if len(images) != len(labels) or not len(images) or labels.max() > 9:
-        raise ValueError(f"{folder}: {split} has {len(images)} images, and {len(labels)} labels up to "
-                         f"{max(labels.tolist(), default=0)}, which must be 0-9; fetch the files again")
+        raise ValueError(f"{folder}: {split} needs a label from 0 to 9 for each image; fetch its files again")
     images = nnf.interpolate(images[:, None] / 255, (size, size), mode="bilinear", antialias=True)
     return images.clamp(0, 1), labels.long()
 def load_mnist_m(folder, size, cache):
     """Images (N,3,size,size) uint8 and labels of a split of MNIST-M: in folder and folder_labels.txt."""
     table, files, labels = folder.with_name(f"{folder.name}_labels.txt"), [], []
     for number, line in enumerate(table.read_text("utf-8", "replace").splitlines() or ["an empty file"], 1):
-        name, _, label = line.strip().rpartition(" ")
-        files.append(folder / name.strip())
-        if label not in list("0123456789") or not files[-1].is_file():
-            raise ValueError(f"{table}, line {number}: {line[:60]!r} is not `name digit` of an image in "
-                             f"{files[-1].parent}; correct it")
-        labels.append(int(label))
+        needs = f"{line[:60]!r} is not `name digit` of an image in {folder}"
+        with blaming(f"{table}, line {number}", needs, "correct it"):
+            name, label = line.rsplit(maxsplit=1)
+            labels.append(list("0123456789").index(label))
+            files.append((folder / name).resolve(strict=True))
     return cached_images(files, (size, size), cache), torch.tensor(labels)
 def make_mnist_m(digit, label, photos):
     """|photograph - digit| of grey digits (B,1,S,S) over random crops of photographs: (B,3,S,S), labels."""

@@ -1,5 +1,5 @@
-"""Measure a trained run, draw its pictures, apply it to your own images: `eval.py RUN --images a.png`."""
-import argparse, csv, json, os, re, shlex, subprocess, sys
+"""Measure a run; `eval.py RUN --images A`: apply it to images; `eval.py tables reg`: the papers' tables."""
+import argparse, csv, json, os, re, shlex, subprocess, sys, zlib
 from pathlib import Path
 import numpy as np
 import torch
@@ -7,7 +7,6 @@ from PIL import Image, ImageDraw
 import data, degia, flows, geomreg, warp
 
 FORMAT = "degia and geomreg, 5"
-COLOURS = (31, 119, 180), (214, 39, 40), (44, 160, 44)  # of the lines of a plot
 
 # ---------------------------------------------------------------- pictures
 def grid(rows, labels, path, scale=2, captions=None, points=None):
@@ -32,25 +31,25 @@ def write_csv(rows, path):
     """Write rows, dicts with the same keys, with a header."""
     lines = [",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in row.values()) for row in rows]
     path.write_text("\n".join([",".join(rows[0]), *lines]) + "\n")
-def plot(logs, path, columns=None, width=460, height=280):
-    """Write a panel per column, over `step`, with a line per {label: log.csv}; its range, the last values."""
+def plot(logs, columns, path, width=460, height=280, colours=("blue", "crimson", "green")):
+    """Write a panel per column there is, over `step`: a line for each {label: log.csv} and its last value."""
     tables = [np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True)) for log in logs.values()]
     rows = np.concatenate(tables)
-    columns = columns or [name for name in rows.dtype.names if name not in ("step", "seconds")]
-    sheet, end = Image.new("RGB", (width * len(columns), height), "white"), rows["step"].max()
+    sheet, end = Image.new("RGB", (2 * width, (len(columns) + 1) // 2 * height), "white"), rows["step"].max()
     pen = ImageDraw.Draw(sheet)
-    for i, name in enumerate(columns):
+    for i, name in enumerate(name for name in columns if name in rows.dtype.names):
         low, high = rows[name].min(), np.quantile(rows[name], .97)  # a jump may leave the panel
-        left, right, top, bottom = i * width + 62, (i + 1) * width - 16, 50, height - 34
+        left, top = i % 2 * width + 62, i // 2 * height + 50
+        right, bottom = left + width - 78, top + height - 84
         pen.rectangle((left, top, right, bottom), outline=(170, 170, 170))
-        for x, y, text in ((left, 8, name), (left - 56, top - 6, f"{high:.4g}"),
+        for x, y, text in ((left, top - 42, name), (left - 56, top - 6, f"{high:.4g}"),
                            (left - 56, bottom - 10, f"{low:.4g}"), (right - 70, bottom + 6, f"step {end:g}")):
             pen.text((x, y), text, "black", font_size=13)
         for k, (label, table) in enumerate(zip(logs, tables)):
             x = left + (right - left) * table["step"] / end
             y = bottom - (bottom - top) * (table[name].clip(max=high) - low) / max(high - low, 1e-9)
-            pen.line([*zip(x, y)], fill=COLOURS[k], width=2, joint="curve")
-            pen.text((left + 130 * k, 28), f"{label} {table[name][-1]:.4g}", COLOURS[k], font_size=13)
+            pen.line([*zip(x, y)], fill=colours[k], width=2, joint="curve")
+            pen.text((left + 130 * k, top - 22), f"{label} {table[name][-1]:.4g}", colours[k], font_size=13)
     sheet.save(path)
 
 # ---------------------------------------------------------------- measures
@@ -241,15 +240,14 @@ def numbers_of(results):
     return {name: value for name, value in numbers.items() if value is not None}
 def tables(args):
     """Train the rows of figures/papers.csv that are not trained yet; rows with the same options share a run.
-    Print and write the mean and deviation over the seeds there are; figure 5 from the logs of its rows."""
-    here, missing, lines = Path(__file__).parent, {}, []
+    Print and write mean and deviation over the seeds there are; figure 5. One call at a time."""
+    here, others, missing, lines = Path(__file__).parent, shlex.join(args.others), {}, []
     rows = csv.DictReader((here / "figures" / "papers.csv").read_text().splitlines())
-    rows = [row for row in rows if row.pop("task") == args.task and re.match(args.rows, row["row"])]
-    if not rows:
-        raise ValueError(f"--rows {args.rows}: no row of figures/papers.csv begins so; choose another")
+    rows = [r for r in rows if r.pop("task") == args.task and r["row"].startswith(tuple(args.rows))]
     for row in rows:
-        row["options"] = " ".join(filter(None, [args.task, row["options"], shlex.join(args.others)]))
-        row["folder"] = args.out / re.sub(r"[^\w.]+", "_", row["options"])
+        row["options"] = f"{args.task} {row['options']}".strip()
+        name = re.sub(r"[^\w.]+", "_", row["options"]) + f"_{zlib.crc32(others.encode()):x}" * (others != "")
+        row |= {"options": f"{row['options']} {others}".strip(), "folder": args.out / name}
         folders = [row["folder"] / str(seed) for seed in range(args.seeds)]
         missing |= {folder: row["options"] for folder in folders if not (folder / "results.json").exists()}
     for i, (folder, words) in enumerate(missing.items(), 1):
@@ -258,9 +256,10 @@ def tables(args):
         print(f"run {i} of {len(missing)}: python train.py {words}", flush=True)
         script = [sys.executable, here / "train.py", *shlex.split(words)]
         if subprocess.run(script, stdout=subprocess.DEVNULL).returncode:
-            raise ValueError(f"{folder}: this run failed, see above; the same command goes on with the rest")
+            print(f"{folder}: no result, for the reason above; going on", file=sys.stderr)
 
-    logs = {row["row"][2:]: row["folder"] / "0" / "log.csv" for row in rows if row["row"].startswith("5 ")}
+    rows = [row for row in rows if [*row["folder"].glob("*/results.json")]]
+    logs = {row["row"][2:]: min(row["folder"].glob("*/log.csv")) for row in rows if row["row"][:2] == "5 "}
     for row in rows:
         runs = [json.loads(path.read_text()) for path in sorted(row.pop("folder").glob("*/results.json"))]
         row |= {"n": len(runs), "seconds": np.mean([run["seconds"] for run in runs])}
@@ -270,9 +269,11 @@ def tables(args):
         shown = [f"{name} {mean:6.4g}" + f" ± {d:<5.2g}" * (len(runs) > 1) for name, mean, d in cells]
         print(f"{row['row']:36} n {len(runs)}", *shown, f"{row['seconds']:.0f} s", row["paper"], sep="  ")
         lines += [{**row, **dict(zip(("measure", "mean", "deviation"), cell))} for cell in cells]
+    if not lines:
+        raise ValueError(f"--rows {' '.join(args.rows)}: no row with a name that begins so has numbers")
     write_csv(lines, args.out / f"{args.task}.csv")
     if logs:
-        plot(logs, args.out / "figure_5.png", ("landmarks", "recon", "D", "gan"))
+        plot(logs, ("error", "recon", "D", "gan"), args.out / "figure_5.png")
 
 def exit_on_bad_input(main):
     """Run main(argv); a ValueError or OSError becomes one line and exit code 2, Ctrl-C one line and 130."""
@@ -289,10 +290,12 @@ def parse(argv):
     if argv[:1] == ["tables"]:
         parser.add_argument("tables", help="the papers' tables; options not named here go to train.py")
         parser.add_argument("task", choices=("degia", "reg"))
-        parser.add_argument("--rows", default="", help="regular expression of the rows; 2: all of table 2")
+        parser.add_argument("--rows", nargs="+", default=[""], help="how the rows' names begin; 2: table 2")
         parser.add_argument("--seeds", type=int, default=1, help="runs of each row")
         parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder of all these runs")
         args, others = parser.parse_known_args(argv)
+        if {"--seed", "--resume", "--stop-after"} & {*others}:
+            parser.error("--seed, --resume and --stop-after are chosen here; ask for more --seeds")
         return argparse.Namespace(**vars(args), others=others)
     parser.add_argument("run", help="folder of a trained run, or: tables degia, tables reg")
     parser.add_argument("--data", help="measure on this data (of hands on every 10th image; --unseen: all)")
@@ -304,8 +307,7 @@ def main(argv):
     if "tables" in args:
         return tables(args)
     folder, checkpoint = Path(args.run), load_checkpoint(args.run)
-    o = argparse.Namespace(**checkpoint["config"])
-    compute = Compute(o.dtype)
+    o, compute = argparse.Namespace(**checkpoint["config"]), Compute(checkpoint["config"]["dtype"])
     if checkpoint["task"] == "degia":
         nets = {name: net for name, net in zip("MF", degia.build(o)) if name in degia.TRAINED[o.method]}
     else:

@@ -14,7 +14,6 @@ import data, degia, geomreg, warp
 import eval as evaluation
 from flows import NOISE_DIM, bits_per_dim
 
-
 # ---------------------------------------------------------------- DeGIA: the min/max loop
 def train_degia(o, run):
     """Minimize (5) over M and F on a growing training set; maximize (7) over images, which grows it."""
@@ -27,15 +26,14 @@ def train_degia(o, run):
     x_src, y_src, c_src = (t.to(run.device) for t in (x_src, y_src, degia.classes_of(y_src, F)))
     pool = {"x": x_src[:0].clone(), "source": c_src[:0].clone()}  # new samples, their source images
     run.start({"M": M, "F": F}, {"M": o.lr, "F": o.flow_lr}, pool)
-    rounds = range(1, o.rounds + 1) if o.method in ("degia", "ada") else ()
-    rounds = {round(o.steps * i / (o.rounds + 2)) for i in rounds}  # the steps that begin with a max phase
+    rounds = {round(o.steps * i / (o.rounds + 2)) for i in range(1, o.rounds + 1)}  # begin with a max phase
     first = degia.flow_view(run.compute.images(x_src[:512]), F.shape)
     F.initialise(first, torch.rand(first.shape, **run.random(0, 2)))
     M, F = (net if name in degia.TRAINED[o.method] else None for name, net in zip("MF", (M, F)))
 
     for step in range(run.step, run.end):
         # ---- maximization, eq. (7): ORIGINAL images climb to new samples of plausible new domains
-        if step in rounds:
+        if step in rounds and o.method in ("degia", "ada"):
             picked = torch.randperm(len(x_src), **run.random(step, 1))[:round(o.beta * len(x_src)) or 1]
             new = new_samples(o, run, step, M, F, x_src[picked], y_src[picked], c_src[picked])
             pool["x"], pool["source"] = torch.cat([pool["x"], new]), torch.cat([pool["source"], picked])
@@ -91,15 +89,15 @@ def train_reg(o, run):
     extra = {side: torch.tensor(how, dtype=torch.float64) for side, how in reading.items()}
     run.start(nets, dict.fromkeys(nets, o.lr), extra, betas=(.5, .999))
     def watch():  # for the log; the landmarks of training pairs never train
-        error = evaluation.landmark_errors(nets["R"], pairs["train"], run.compute, 25)[1]["scene"]
-        return {} if error is None else {"landmarks": error}
+        return {"error": evaluation.landmark_errors(nets["R"], pairs["train"], run.compute, 25)[1]["scene"]}
 
     for step in range(run.step, run.end):
         gen = run.random(step)
-        picked = torch.randint(len(A), (o.batch,), **gen).to(A.device)
-        I_a, I_b = (run.compute.images(I[picked]) * 2 - 1 for I in (A, B))
+        picked = torch.randint(len(A), (o.batch,), **gen)
+        I_a, I_b = (run.compute.images(I[picked.to(I.device)]) * 2 - 1 for I in (A, B))
         I_a, I_b = (I[run.mine] for I in data.augment(I_a, I_b, o.crop, o.deform, gen["generator"]))
-        run.end_step(dual_flow_step(o, run, gen, I_a, I_b, **nets), watch)
+        losses = dual_flow_step(o, run, gen, I_a, I_b, **nets)
+        run.end_step(losses, dict if pairs["train"].points is None else watch)
     if run.rank == 0 and run.step == o.steps:
         run.finish(evaluation.evaluate_reg(run.compute, nets["R"], pairs, run.folder))
 
@@ -205,8 +203,8 @@ class Reg(Common):
     steps: int = option(2000, "training steps", 1)
     batch: int = option(16, "pairs per step, over all processes", 1, paper=12)
     lr: float = option(3e-3, "learning rate; linear to 0 over the second half", 0, paper=1e-4)
-    gan: str = option("both", "whom the adversarial loss trains (table 2)", ("both", "R", "T"))
-    l1: str = option("both", "whom L_recon trains (table 2)", ("both", "R", "T"))
+    gan: str = option("both", "whom the adversarial loss of R + T trains (table 2)", ("both", "R", "T"))
+    l1: str = option("both", "whom L_recon of R + T trains (table 2)", ("both", "R", "T"))
     adversarial: float = option(.2, "weight of the adversarial loss; 0: no D", 0, paper=1.)
     recon: float = option(20., "weight of L_recon, or of the classical measure", 0, paper=100.)
     smooth: float = option(400., "weight lambda_S of the smoothness", 0, paper=200.)
@@ -333,10 +331,10 @@ class Run:
                     "state": state}, self.folder / "checkpoint.part")
         os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
     def finish(self, measured):
-        """Write results.json (the options, what was measured) and the curves, print the table."""
+        """Write results.json (the options but `task`, what was measured) and the curves, print the table."""
         results = {**vars(self.o), "task": self.task, "seconds": round(time.time() - self.began), **measured}
         (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-        evaluation.plot({"": self.folder / "log.csv"}, self.folder / "curves.png")
+        evaluation.plot({"": self.folder / "log.csv"}, list(self.rows[0])[1:-1], self.folder / "curves.png")
         evaluation.print_table(results)
         print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and pictures")
 
