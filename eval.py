@@ -255,8 +255,8 @@ def tables(args):
         words += " --resume" * (folder / "checkpoint.pt").exists()
         print(f"run {i} of {len(missing)}: python train.py {words}", flush=True)
         script = [sys.executable, here / "train.py", *shlex.split(words)]
-        if subprocess.run(script, stdout=subprocess.DEVNULL).returncode:
-            print(f"{folder}: no result, for the reason above; going on", file=sys.stderr)
+        if subprocess.run(script, stdout=subprocess.DEVNULL).returncode and not folder.exists():
+            raise ValueError(f"{folder}: this run did not even start, for the reason above; correct it")
 
     rows = [row for row in rows if [*row["folder"].glob("*/results.json")]]
     logs = {row["row"][2:]: min(row["folder"].glob("*/log.csv")) for row in rows if row["row"][:2] == "5 "}
@@ -267,10 +267,10 @@ def tables(args):
         deviations = values.std(0, ddof=1) if len(runs) > 1 else np.nan * values[0]
         cells = list(zip(numbers_of(runs[0]), values.mean(0), deviations))
         shown = [f"{name} {mean:6.4g}" + f" ± {d:<5.2g}" * (len(runs) > 1) for name, mean, d in cells]
-        print(f"{row['row']:36} n {len(runs)}", *shown, f"{row['seconds']:.0f} s", row["paper"], sep="  ")
+        print(f"{row['row']:36} n {len(runs)}", *shown, f"{row['seconds']:.0f} s, paper {row['paper']}")
         lines += [{**row, **dict(zip(("measure", "mean", "deviation"), cell))} for cell in cells]
     if not lines:
-        raise ValueError(f"--rows {' '.join(args.rows)}: no row with a name that begins so has numbers")
+        raise ValueError(f"nothing to show: no row of figures/papers.csv named {args.rows}... has a result")
     write_csv(lines, args.out / f"{args.task}.csv")
     if logs:
         plot(logs, ("error", "recon", "D", "gan"), args.out / "figure_5.png")
@@ -283,7 +283,7 @@ def exit_on_bad_input(main):
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; train.py goes on from the last checkpoint with --resume", file=sys.stderr)
+        print("interrupted; train.py goes on with --resume, tables with the same command", file=sys.stderr)
         sys.exit(130)
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
