@@ -91,8 +91,7 @@ def textures(n, size, gen, roughness=(.5, 1.)):
         side = torch.cos(angle) * ramp + torch.sin(angle) * ramp[:, None] - offset
         colour += (side * size / 4).clamp(0, 1) * (.5 * rand(1, 1, 1) - .25 + .4 * (rand(3, 1, 1) - .5))
     return colour.clamp(0, 1)
-# A look maps images (B,C,S,S) in [0,1], the unseen ones grey digits, to images of 1 or 3 channels, which
-# `to_uint8` clamps; rand(*shape) is noise (B,*shape), scene(roughness) are textures of their size.
+# A look maps (B,C,S,S) in [0,1] to 1 or 3 channels, to be clamped; rand(*s) is (B,*s), scene() are textures.
 def look_paint(digit, rand, scene):
     """A digit of one colour on a shaded ground of another; the ink is the brighter one in six of seven."""
     ink, step = rand(3, 1, 1), rand(3, 1, 1) - .5  # the colours are mostly 0.5 to 0.8 apart
@@ -402,7 +401,8 @@ def load_mnist(folder, split, size):
             arrays.append(np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape))
     images, labels = map(torch.tensor, arrays)
     if len(images) != len(labels) or not len(images) or labels.max() > 9:
-        raise ValueError(f"{folder}: {split} needs a label from 0 to 9 for each image; fetch its files again")
+        raise ValueError(f"{folder}: {split} has {len(images)} images, and {len(labels)} labels up to "
+                         f"{max(labels.tolist(), default=0)}, which must be 0-9; fetch the files again")
     images = nnf.interpolate(images[:, None] / 255, (size, size), mode="bilinear", antialias=True)
     return images.clamp(0, 1), labels.long()
 def load_mnist_m(folder, size, cache):

@@ -236,8 +236,7 @@ def numbers_of(results):
         numbers = {name: next(iter(values.values())) for name, values in results["domains"].items()}
         return {**numbers, "unseen": np.mean([*numbers.values()][1:] or np.nan)}
     sets = {"": "registered", "train ": "registered_train", "before ": "unregistered"}
-    numbers = {mark + kind: value for mark, name in sets.items() for kind, value in results[name].items()}
-    return {name: value for name, value in numbers.items() if value is not None}
+    return {mark + kind: v for mark, key in sets.items() for kind, v in results[key].items() if v is not None}
 def tables(args):
     """Train the rows of figures/papers.csv that are not trained yet; rows with the same options share a run.
     Print and write mean and deviation over the seeds there are; figure 5. One call at a time."""

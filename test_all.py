@@ -250,9 +250,8 @@ def test_a_run_stopped_killed_and_resumed_equals_a_whole_one_and_two_processes(t
     rest = main(f"{task} --resume", parts)
     same((whole["state"], whole["extra"]), (rest["state"], rest["extra"]))
     a, b = ([row.rsplit(",", 1)[0] for row in (run / "log.csv").read_text().split()] for run in (one, parts))
-    a.append(whole["results"] | {"seconds": 0, "out": 0})
-    b.append(rest["results"] | {"seconds": 0, "out": 0})
-    assert a == b and len(a) == 14
+    own = {"seconds": 0, "out": 0}
+    assert a == b and len(a) == 13 and whole["results"] | own == rest["results"] | own
     command = f"-m torch.distributed.run --standalone --nproc_per_node=2 {train.__file__} {words} --out {two}"
     subprocess.run([sys.executable, *command.split()], check=True)
     shared = evaluation.load_checkpoint(two)
@@ -268,7 +267,8 @@ def test_short_runs_learn_and_a_rate_far_too_high_costs_no_checkpoint(tmp_path):
     assert found["domains"]["source"]["accuracy"] > 80 and "bits_per_dim" not in found
     found = main("reg --train 100 --steps 160 --adversarial 0 --smooth 100", tmp_path / "r")["results"]
     assert found["registered"]["scene"] < .95 * found["unregistered"]["scene"] and found["folding"] < .02
-    pytest.raises(ValueError, main, f"{DEGIA} --method pure --lr 1e30", tmp_path).match("task is (nan|inf)")
+    with pytest.raises(ValueError, match="loss task is (nan|inf)"):
+        main(f"{DEGIA} --steps 8 --method pure --lr 1e30", tmp_path)
     assert evaluation.load_checkpoint(tmp_path)["step"] == 0
 
 def test_each_loss_of_registration_moves_its_own_networks(tmp_path, monkeypatch):
@@ -290,14 +290,15 @@ def test_each_loss_of_registration_moves_its_own_networks(tmp_path, monkeypatch)
     ("none: no such folder", "degia --train 60 --unseen {}/none", {}),
     ("no train-images-idx3-ubyte", "degia --data {}/images", {}),
     ("idx3-ubyte.gz: damaged", "degia --data {}", {"train-images-idx3-ubyte.gz": gzip.compress(IMAGES[:-9])}),
-    ("needs a label from 0 to 9", "degia --data {}", {"train-labels-idx1-ubyte": LABELS[:8] + 40 * b"\x0b"}),
+    ("labels up to 11", "degia --data {}", {"train-labels-idx1-ubyte": LABELS[:8] + 40 * b"\x0b"}),
     ("--train 41", "degia --data {} --train 41", {}),
     ("labels.txt, line 2", "degia --train 20 --unseen {}", {"mnist_m_train_labels.txt": b"0.png 3\n1.png x"}),
     ("--beta 2.0: must be from 0.0001 to 1", "degia --beta 2", {}),
     ("--flow-size 6: not a multiple of 4", "degia --train 60 --flow-size 6", {}),
-    *(("line 2: '[gh],.* folder .* inside", "degia --task hands --data {}", {"landmarks.csv": HAND + line})
-      for line in (b"\ng" + 17 * b",1,2", b"\nh,1,2", b"\nh,x" + 33 * b",1", b"\nh,97" + 33 * b",1")),
-    ("h.png: has 2", "degia --task hands --data {}", {"landmarks.csv": HAND + 2 * (b"\nh" + 34 * b",1")}),
+    *((message, "degia --task hands --data {}", {"landmarks.csv": HAND + row}) for message, row in (
+        ("line 2: 'g,.* of this folder", b"\ng" + 17 * b",1,2"), ("line 2: 'h,1,2'", b"\nh,1,2"),
+        ("line 2: 'h,x", b"\nh,x" + 33 * b",1"), ("line 2: .*,97.* inside", b"\nh,97" + 33 * b",1"),
+        ("h.png: has 2 lines", 2 * (b"\nh" + 34 * b",1")))),
     ("checkpoint.pt: no such checkpoint", "reg --resume", {}),
     ("train/A: no such folder", "reg --data {}/images", {}),
     ("A/a9.png: no partner", "reg --data {}", {"train/A/a9.png": b"text"}),

@@ -26,14 +26,15 @@ def train_degia(o, run):
     x_src, y_src, c_src = (t.to(run.device) for t in (x_src, y_src, degia.classes_of(y_src, F)))
     pool = {"x": x_src[:0].clone(), "source": c_src[:0].clone()}  # new samples, their source images
     run.start({"M": M, "F": F}, {"M": o.lr, "F": o.flow_lr}, pool)
-    rounds = {round(o.steps * i / (o.rounds + 2)) for i in range(1, o.rounds + 1)}  # begin with a max phase
+    rounds = range(1, o.rounds + 1) if o.method in ("degia", "ada") else ()
+    rounds = {round(o.steps * i / (o.rounds + 2)) for i in rounds}  # the steps that begin with a max phase
     first = degia.flow_view(run.compute.images(x_src[:512]), F.shape)
     F.initialise(first, torch.rand(first.shape, **run.random(0, 2)))
     M, F = (net if name in degia.TRAINED[o.method] else None for name, net in zip("MF", (M, F)))
 
     for step in range(run.step, run.end):
         # ---- maximization, eq. (7): ORIGINAL images climb to new samples of plausible new domains
-        if step in rounds and o.method in ("degia", "ada"):
+        if step in rounds:
             picked = torch.randperm(len(x_src), **run.random(step, 1))[:round(o.beta * len(x_src)) or 1]
             new = new_samples(o, run, step, M, F, x_src[picked], y_src[picked], c_src[picked])
             pool["x"], pool["source"] = torch.cat([pool["x"], new]), torch.cat([pool["source"], picked])
@@ -284,26 +285,25 @@ class Run:
     def descend(self, loss, *nets, clip=None, alone=()):
         """A step of the named networks down loss, of one down more for each (loss, name) in alone. No other
         network receives a gradient; gradients are averaged over the processes."""
-        moved = {net: list(self.parts[net].parameters()) for net in nets}
-        for net in nets:
-            self.parts[net].zero_grad()
+        opts = {net: self.parts[f"opt_{net}"] for net in nets}
+        moved = {net: opt.param_groups[0]["params"] for net, opt in opts.items()}
+        for opt in opts.values():
+            opt.zero_grad()
         for term, net in alone:
             (term / self.world).backward(inputs=moved[net], retain_graph=True)
         (loss / self.world).backward(inputs=sum(moved.values(), []))
-        for net, parameters in moved.items():
-            for gradient in (p.grad for p in parameters if p.grad is not None):
+        for net, opt in opts.items():
+            for gradient in (p.grad for p in moved[net] if p.grad is not None):
                 self.total(gradient)
             if clip:
-                torch.nn.utils.clip_grad_norm_(parameters, clip)
-            optimizer, rate = self.parts[f"opt_{net}"], min(1., 2 - 2 * self.step / self.o.steps)
-            optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * rate
-            optimizer.step()
+                torch.nn.utils.clip_grad_norm_(moved[net], clip)
+            opt.param_groups[0]["lr"] = opt.defaults["lr"] * min(1., 2 - 2 * self.step / self.o.steps)
+            opt.step()
     def end_step(self, losses, watch=dict, save=False):
         """Log means and what watch() sees, check and save, when it is time."""
         self.step += 1
         self.history.append(torch.stack([value.detach() for value in losses.values()]))
-        stop = self.step == self.o.stop_after
-        save = save or self.step == self.end
+        stop, save = self.step == self.o.stop_after, save or self.step == self.end
         if not save and self.step % max(1, min(50, self.o.steps // 100)):
             return
         values, self.history = self.total(torch.stack(self.history).float()).cpu() / self.world, []
