@@ -20,11 +20,18 @@ DIGITS = [  # control points xxyy of the one or two smooth strokes of 0, 1, ...,
     "6608 3826 2258 2886 5493 7676 6455 4056 2572", "2012 5012 8010/8010 6240 5066 4294",
     "5050 2636 3014 5207 7218 6838 5050/5050 2464 2888 5293 7684 7464 5050",
     "7428 6009 3412 2434 4250 6644 7428/7428 7260 6494"]
-FINGERS = torch.tensor([  # index, middle, ring, little, thumb, in palm lengths: first joint x, y, z from the
-    # wrist, the three bones, their radius; the direction in radians
+FINGERS = torch.tensor([  # index to little, thumb: knuckle x, y, z, three bones, radius; direction (radians)
     [-.30, -.96, 0, .46, .28, .22, .10, -.14], [-.10, -1.0, 0, .52, .32, .23, .10, -.03],
     [.11, -.95, 0, .48, .30, .23, .095, .08], [.30, -.84, 0, .37, .22, .20, .085, .20],
-    [-.40, -.34, 0, .36, .34, .24, .11, -.65]])
+    [-.40, -.34, 0, .36, .34, .24, .11, -.65]])  # from the wrist, in palm lengths
+THINGS = torch.tensor([  # stones, labels, pot, rim, stem, leaves: how many, whether on the plant, red, green,
+    # blue, warmth; from, to: x, y of the root, angle, length, radius, depth, in shares of the side
+    [5, 0, .85, .80, .7, .80, 0, 1, .7, 1, 0, .5, .02, .05, .03, .06, .1, .5],
+    [4, 0, .15, .10, .2, .10, 0, 1, 0, .7, -.4, .4, .08, .14, .04, .06, 0, .5],
+    [1, 0, .70, .35, .2, .80, .40, .44, .83, .87, 0, 0, .14, .18, .07, .09, .4, .6],
+    [1, 0, .70, .35, .2, .80, .34, .38, .75, .77, 0, .1, .24, .28, .025, .04, .4, .6],
+    [1, 1, .40, .50, .2, .40, .48, .52, .72, .75, 1.4, 1.7, .4, .5, .014, .024, .4, .6],
+    [8, 1, .25, .60, .2, .18, .46, .54, .3, .65, -.4, 3.5, .24, .45, .045, .08, .4, 1]])
 MISALIGNED = .075, .03  # bend and shift of the embedded plants, in `warp.random_field`
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
@@ -40,12 +47,9 @@ def to_uint8(images):
 
 # ---------------------------------------------------------------- embedded digits
 def _curve(text):
-    """13 points, centred: along the control points, straight from one to the next, then smoothed."""
-    p = np.array([divmod(int(point), 100) for point in text.split()]) / 100
-    p = np.stack([np.interp(np.linspace(0, len(p) - 1, 13), range(len(p)), c) for c in p.T], 1)
-    for _ in range(2):
-        p[1:-1] = (p[:-2] + 2 * p[1:-1] + p[2:]) / 4
-    return torch.tensor(p).float() - .5
+    """13 points of a smooth curve through the control points, centred."""
+    p = torch.tensor([divmod(int(point), 100) for point in text.split()]) / 100 - .5
+    return nnf.interpolate(p.T[None, :, None], (1, 13), mode="bicubic", align_corners=True)[0, :, 0].T
 def near_segments(start, end, radius, size):
     """Of each segment its radius (B,1,1,1), and for each pixel (B,1,H,W) the nearest place on it, 0 to 1, and
     the distance. start, end (B,S,2) and radius (B,S), or (B,1) for all, in pixels; size (H,W)."""
@@ -67,9 +71,7 @@ def make_digits(n, size, seed):
         _, between, _ = noise(count, gen)
         labels = torch.randint(10, (count,), generator=gen)
         p = strokes.view(10, 2, 13, 2)[labels]
-        for frequency, amount in ((4, .08), (9, .04)):
-            phase = between(0, 2 * np.pi, 1, 1, 2)
-            p = p + amount * between(-1, 1, 1, 1, 2) * torch.sin(frequency * p.flip(-1) + phase)
+        p = p + .1 * between(-1, 1, 1, 1, 2) * torch.sin(5 * p.flip(-1) + between(0, math.tau, 1, 1, 2))
         linear = torch.diag_embed(between(.45, .8, 1, 2)) + between(-.2, .2, 1, 2, 2)
         p = (p @ linear + .5 + between(-.07, .07, 1, 1, 2)) * size - .5
         ends = p[:, :, :-1].flatten(1, 2), p[:, :, 1:].flatten(1, 2)
@@ -91,26 +93,14 @@ def textures(n, size, gen, roughness=(.5, 1.)):
         side = torch.cos(angle) * ramp + torch.sin(angle) * ramp[:, None] - offset
         colour += (side * size / 4).clamp(0, 1) * (.5 * rand(1, 1, 1) - .25 + .4 * (rand(3, 1, 1) - .5))
     return colour.clamp(0, 1)
-# A look maps (B,C,S,S) in [0,1] to 1 or 3 channels, to be clamped; rand(*s) is (B,*s), scene() are textures.
-def look_paint(digit, rand, scene):
-    """A digit of one colour on a shaded ground of another; the ink is the brighter one in six of seven."""
-    ink, step = rand(3, 1, 1), rand(3, 1, 1) - .5  # the colours are mostly 0.5 to 0.8 apart
-    step = step * (.5 + .3 * rand(1, 1, 1)) / torch.linalg.vector_norm(step, dim=1, keepdim=True)
-    paper = torch.where((ink + step).clamp(0, 1) == ink + step, ink + step, ink - step).clamp(0, 1)
-    swap = (rand(1, 1, 1) < .15) ^ (ink.mean(1, keepdim=True) < paper.mean(1, keepdim=True))
-    ink, paper = torch.where(swap, paper, ink), torch.where(swap, ink, paper)
-    return digit * ink + (1 - digit) * (.6 * paper + .3 * scene((.2, .4)) - .15)
-def look_chalk(digit, rand, scene):
-    """Worn chalk on a board: uneven light, smears, grain, strokes with gaps."""
-    chalk = 1.5 * nnf.avg_pool2d(digit * (rand(*digit.shape[1:]) > .4 * rand(1, 1, 1)), 3, 1, 1)
-    light = scene((.3, .7)).mean(1, keepdim=True) - .5
-    board = rand(3, 1, 1) * .15 + .1 + .2 * rand(1, 1, 1) + .5 * light
-    grain = 3.5 * (rand(*digit.shape[1:]) - .5) * (.02 + .1 * rand(1, 1, 1))
-    return board + (.45 + .4 * rand(1, 1, 1)) * chalk + grain
-LOOKS = {"source": lambda x, *_: x,
-         "difference": lambda x, _, scene: (scene() - x).abs(),  # over coloured textures: MNIST-M's recipe
-         "paint": look_paint, "chalk": look_chalk, "negative": lambda x, *_: 1 - x.mean(1, keepdim=True),
-         "glass": lambda x, _, scene: .5 * x + .5 * scene((.3, .7))}
+LOOKS = {  # each maps (B,1,S,S) in [0,1] to 1 or 3 channels; rand(*s) is (B,*s), scene() textures
+    "source": lambda x, *_: x,
+    "difference": lambda x, _, scene: (scene() - x).abs(),  # over coloured textures: MNIST-M's recipe
+    "paint": lambda x, rand, scene: torch.lerp(scene((.2, .4)) * rand(3, 1, 1), .5 + .5 * rand(3, 1, 1), x),
+    "chalk": lambda x, rand, scene: .3 * rand(*x.shape[1:]) - .15 + nnf.avg_pool2d(  # grain, smears, gaps
+        x * (rand(*x.shape[1:]) > .4) + .5 * scene(), 3, 1, 1),
+    "negative": lambda x, *_: 1 - x.mean(1, keepdim=True),
+    "glass": lambda x, _, scene: .5 * x + .5 * scene((.3, .7))}
 UNSEEN, DEV = ("difference", "paint", "chalk"), ("negative", "glass")
 def apply_look(name, x, seed):
     """Images in [0,1] in the named look, as uint8 (B,3,S,S)."""
@@ -122,74 +112,46 @@ def apply_look(name, x, seed):
 
 # ---------------------------------------------------------------- embedded plants
 def plant_scene(n, gen):
-    """The objects of n random scenes, far to near, chains of thick segments in a box of side 1: points
-    (n,K,2), radius (n,K-1), depth (n,1,1), colour (n,3,1,1), heat (n,1,1,1), and for each first point that is
-    a landmark whether it is on the plant (none: a mark on the object before it)."""
-    rand, between, each = noise(n, gen)
-    def colour(*rgb):
-        return (torch.tensor(rgb).view(3, 1, 1) * each(.6, 1.2) + between(-.1, .1, 3, 1, 1)).clamp(0, 1)
-    def chain(*points):
-        return torch.stack([torch.stack(p, -1) for p in points], 1)
-    horizon, far = between(.55, .75), between(0, .2, 1, 1)
-    ground = chain(*((x + 0 * horizon, horizon + .5) for x in (-.2, .2, .6, 1., 1.4)))
-    yield ground, torch.full((1, 1), .5), far, colour(.5, .4, .3), each(.3, .6), []
-    for _ in range(5):  # stones on the ground
-        x, y = between(.05, .95), between(.68, .95)
-        stone = chain((x, y), (x + between(-.03, .03), y + .01))
-        look = between(.1, .5, 1, 1), colour(.6, .55, .5), each(.45, .9)
-        yield stone, between(.03, .06, 1), *look, [False]
-    for _ in range(4):  # labels with a line of writing
-        x, y, depth = between(.06, .94), between(.12, .75), between(0, .5, 1, 1)
-        card, line = (chain((x, y), (x + wide, y), (x - wide, y)) for wide in (.05, .025))
-        yield card, between(.03, .05, 2), depth, colour(.9, .9, .8), each(.6, 1), [False]
-        yield line, between(.01, .014, 2), depth, colour(.1, .1, .2), each(0, .3), []
-    x, y, wide, depth = between(.35, .65), between(.8, .9), between(.08, .14), between(.4, .6, 1, 1)
-    clay, warm = colour(.7, .35, .2), each(.6, 1)
-    rim, body = (chain((x - w, y - up), (x + w, y - up)) for w, up in ((wide, .1), (.5 * wide, 0)))
-    yield rim, between(.025, .04, 1), depth, clay, warm, [False] * 2
-    yield body, between(.06, .07, 1), depth, .85 * clay, .9 * warm, []
-    top_x, top_y = x + between(-.12, .12), between(.3, .42)
-    stem = chain((top_x, top_y), ((x + top_x) / 2 + between(-.04, .04), (y + top_y) / 2), (x, y - .08))
-    yield stem, between(.014, .024, 2), depth, colour(.4, .5, .2), each(.3, .5), [True] * 2
-    t, wide = torch.tensor([[1], [.75], [.5], [.25], [0]]), torch.tensor([.5, .95, 1, .6])
-    for i in range(8):  # leaves from tip to root; a pale vein ends where landmarks are
-        root = torch.lerp(stem[:, 1:2], stem[:, :1], rand(1, 1))
-        angle, length = between(-.4, math.pi + .4), between(.24, .45)
-        ahead = chain((length * torch.cos(angle), -length * torch.sin(angle)))
-        leaf = root + t * ahead + t ** 2 * chain((0 * length, length * between(0, .5)))
-        depth, green = .4 + .6 * (i + rand(1, 1)) / 8, colour(.25, .6, .2)
-        yield leaf, between(.045, .08, 1) * wide, depth, green, each(.05, .3), [True] * 4
-        pale, warm = (green + .35).clamp(0, 1), each(.4, .7)
-        yield leaf[:, 1:4], between(.01, .014, 2), depth, pale, warm, []
+    """The things of n random scenes, far to near, strokes that bend under their weight, in shares of a side:
+    points (n,5,2) from the root, radius (n,4), depth (n,1,1), red, green, blue, warm, near (n,5,1,1)."""
+    rand, between, _ = noise(n, gen)
+    camera, t = between(-.15, .15, 1, 2), torch.linspace(0, 1, 5)[:, None]
+    for kind in THINGS:
+        for i in range(int(kind[0])):
+            x, y, angle, length, radius = (between(*r, 1, 1) for r in kind[6:16].view(5, 2))
+            down = between(0, 1.4, 1, 1) * length * t - angle.sin()
+            points = torch.cat([x + length * t * angle.cos(), y + length * t * down], 2) + camera
+            depth = torch.lerp(*kind[16:], (i + rand(1, 1)) / kind[0])
+            paint = torch.cat([kind[2:6, None] * between(.6, 1.3, 4, 1), .2 + .75 * depth], 1)
+            yield points, radius[..., 0] * torch.tensor([.6, 1., .95, .5]), depth, paint[..., None]
 def make_plants(n, size, seed, modality="ir"):
-    """n random pairs of size (H,W): A (n,3,H,W), B (n,1,H,W) uint8; landmarks (n,P,4), pixels x, y in A, then
-    B, NaN if hidden; salient (P,): on the plant. B is seen through a smooth field and a parallax by depth."""
+    """n random pairs of size (H,W): A (n,3,H,W), B (n,1,H,W) uint8, seen through a smooth field and parallax
+    by depth; landmarks (n,P,4), the ends of a bright mark on each thing, pixels x, y in A, then in B, NaN if
+    hidden; salient (P,): on the plant."""
     gen, sides, parts = torch.Generator().manual_seed(seed), torch.tensor(size[::-1]), []
+    wall, of_b = torch.tensor([.3, .3, .3, .3, 0]).view(5, 1, 1), {"ir": 3, "depth": 4}[modality]
     for count in [min(50, n - i) for i in range(0, n, 50)]:
-        rand, _, each = noise(count, gen)
+        rand, _, each = noise(2 * count, gen)  # all scenes as A sees them, then as B does
         bend = warp.random_field(count, size, *MISALIGNED, gen)
-        parallax = torch.randn(count, 1, 2, generator=gen) * .05 * sides
-        views = [base + each(0, .3) + .2 * nnf.interpolate(rand(channels, 6, 6) - .5, size, mode="bicubic")
-                 for base, channels in ((.3, 3), (.3 if modality == "ir" else 0., 1))]  # walls: warm, or far
-        owner, number, places, marks = [torch.zeros(count, 1, *size)] * 2, 0, [], []
-        for points, radius, depth, colour, heat, on_plant in plant_scene(count, gen):
+        parallax = torch.randn(count, 1, 2, generator=gen) * .03 * sides
+        view = wall + each(0, .3) + .2 * nnf.interpolate(rand(5, 6, 6) - .5, size, mode="bicubic")
+        owner, places = torch.zeros(2 * count, 1, *size), []
+        for number, (points, radius, depth, paint) in enumerate(plant_scene(count, gen), 1):
             a = points * sides - .5
-            seen = a, warp.warp_points(a, -bend, 1) + parallax * (depth - .5)  # one step: a + bend(a)
-            paint = colour, heat if modality == "ir" else .2 + .75 * depth[..., None]
-            number += on_plant != []
-            for i, p in enumerate(seen):
-                cover = draw_strokes(p[:, :-1], p[:, 1:], radius * min(size), size)
-                views[i] = torch.lerp(views[i], paint[i], cover)
-                owner[i] = torch.where(cover > .5, number, owner[i])
-            places.append(torch.stack(seen, 3)[:, :len(on_plant)])  # (count,.,2,2): x, y of A and of B
-            marks += [(number, plant) for plant in on_plant]
-        places, (owners, salient) = torch.cat(places, 1), torch.tensor(marks).T
-        seen = [warp.look_up(owner[i], places[..., i].round().transpose(1, 2)[..., None]) for i in (0, 1)]
-        visible = (torch.cat(seen, 1)[..., 0].round() == owners).all(1)
-        points = torch.where(visible[..., None], places.transpose(2, 3).flatten(2), torch.nan)
-        A, B = (view + .02 * torch.randn(view.shape, generator=gen) for view in views)
-        parts.append((to_uint8(A * each(.8, 1.2)), to_uint8(B), points))
-    return *(torch.cat(part) for part in zip(*parts)), salient.bool()
+            b = warp.warp_points(a, -bend, 1) + parallax * (depth - .5)  # one step: a + bend(a)
+            p, radius, paint = torch.cat([a, b]), min(size) * radius.repeat(2, 1), paint.repeat(2, 1, 1, 1)
+            cover = draw_strokes(p[:, :-1], p[:, 1:], radius, size)
+            mark = draw_strokes(p[:, 1:3], p[:, 2:4], radius[:, 1:3] / 5, size)
+            view = torch.lerp(view, (paint + .35 * mark).clamp(0, 1), cover)
+            owner = torch.where(cover > .5, number, owner)
+            places.append(p[:, 1::2])
+        places, owners = torch.cat(places, 1), torch.arange(2, 2 * len(places) + 2) // 2
+        seen = warp.look_up(owner, places.round().transpose(1, 2)[..., None])[:, 0, :, 0].round() == owners
+        visible = seen.view(2, count, -1, 1).all(0)
+        A, B = to_uint8(view * each(.8, 1.2) + .02 * torch.randn(view.shape, generator=gen)).chunk(2)
+        points = torch.where(visible, torch.cat(places.chunk(2), 2), torch.nan)
+        parts.append((A[:, :3], B[:, of_b:of_b + 1], points))
+    return *(torch.cat(p) for p in zip(*parts)), THINGS[:, 1].repeat_interleave(2 * THINGS[:, 0].int()) > 0
 
 # ---------------------------------------------------------------- embedded hands
 def hand_bones(n, size, gen):
@@ -395,9 +357,7 @@ def load_mnist(folder, split, size):
             raise ValueError(f"{folder}: no {name}[.gz]; name MNIST's four files, or add --task hands")
         with blaming(path, "damaged, or not such an IDX file", "fetch it again"):
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            kind, *shape = np.frombuffer(content, ">i4", 1 + dims)
-            if kind != 0x800 + dims:
-                raise ValueError(f"it does not hold bytes in {dims} dimensions")
+            _, *shape = np.frombuffer(content, ">i4", 1 + dims)
             arrays.append(np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape))
     images, labels = map(torch.tensor, arrays)
     if len(images) != len(labels) or not len(images) or labels.max() > 9:

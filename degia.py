@@ -28,13 +28,12 @@ class Residual(nn.Module):
         self.skip = nn.Identity() if stride == 1 else conv(c_in, c_out, 1, stride, norm=True)[:2]
     def forward(self, x):
         return torch.relu(self.f(x) + self.skip(x))
-class Dense(nn.Module):
+class Dense(nn.Sequential):
     """DenseNet's layer: x and f(x), w channels more, side by side; f is 1x1, then 3x3."""
     def __init__(self, c_in, w):
-        super().__init__()
-        self.f = nn.Sequential(conv(c_in, 4 * w, 1, norm=True), conv(4 * w, w, norm=True))
+        super().__init__(conv(c_in, 4 * w, 1, norm=True), conv(4 * w, w, norm=True))
     def forward(self, x):
-        return torch.cat([x, self.f(x)], 1)
+        return torch.cat([x, super().forward(x)], 1)
 def layers_of(backbone, w):
     """The layers of a backbone, up to the template feature; the older ones end with two full layers."""
     def fc(c, side):
@@ -111,11 +110,11 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
 
 def build(o):
     """M and F of the options o, untrained. Raises ValueError if F's size does not fit."""
-    if o.flow_size > o.size:
-        raise ValueError(f"--flow-size {o.flow_size}: larger than the images; choose at most --size {o.size}")
+    if o.flow_size > o.size or o.flow_size % 4:
+        raise ValueError(f"--flow-size {o.flow_size}: not a multiple of 4 up to --size; choose another")
     outputs, classes = (10, 10) if o.task == "digits" else (34, o.classes)
     M = TaskNetwork(o.backbone, o.M_width, o.size, outputs)
-    F = Flow(o.flow_channels, o.flow_size, classes, 2, o.flow_steps, o.gamma, o.lam)
+    F = Flow(o.flow_channels, o.flow_size, classes, 2, o.flow_steps, lam=o.lam)
     F.register_buffer("poses", torch.zeros(classes, 34))  # those of hands; classes of digits are labels
     return M, F
 def classes_of(y, F):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 import data, degia, flows, geomreg, warp
 
-FORMAT = "degia and geomreg, 5"
+FORMAT = "degia and geomreg, 6"
 
 # ---------------------------------------------------------------- pictures
 def grid(rows, labels, path, scale=2, captions=None, points=None):
@@ -39,12 +39,10 @@ def plot(logs, columns, path, width=460, height=280, colours=("blue", "crimson",
     pen = ImageDraw.Draw(sheet)
     for i, name in enumerate(name for name in columns if name in rows.dtype.names):
         low, high = rows[name].min(), np.quantile(rows[name], .97)  # a jump may leave the panel
-        left, top = i % 2 * width + 62, i // 2 * height + 50
-        right, bottom = left + width - 78, top + height - 84
+        left, top = i % 2 * width + 16, i // 2 * height + 50
+        right, bottom = left + width - 32, top + height - 64
         pen.rectangle((left, top, right, bottom), outline=(170, 170, 170))
-        for x, y, text in ((left, top - 42, name), (left - 56, top - 6, f"{high:.4g}"),
-                           (left - 56, bottom - 10, f"{low:.4g}"), (right - 70, bottom + 6, f"step {end:g}")):
-            pen.text((x, y), text, "black", font_size=13)
+        pen.text((left, top - 42), f"{name}: {low:.4g} to {high:.4g} in {end:g} steps", "black", font_size=13)
         for k, (label, table) in enumerate(zip(logs, tables)):
             x = left + (right - left) * table["step"] / end
             y = bottom - (bottom - top) * (table[name].clip(max=high) - low) / max(high - low, 1e-9)
@@ -63,8 +61,6 @@ class Compute:
             torch.backends.cudnn.benchmark = True
         fast = self.device.type == "cuda" or can.get("amx_bf16") or can.get("avx512_bf16")
         self.bf16 = dtype == "bf16" or dtype == "auto" and bool(fast)
-    def place(self, net):
-        return net.to(self.device, memory_format=torch.channels_last)
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
     def images(self, x):
@@ -82,22 +78,21 @@ def predict(M, images, compute):
 def evaluate_degia(compute, M, F, domains, folder):
     """Per domain accuracy of digits in percent; MSE of landmarks (shares) and of the mean pose, pixels, PCK:
     percentage within 5 %. Mean bits per dimension of F on the source: float32, prior without noise shift."""
-    results, labels, captions, points = {"domains": {}}, [], [], []
+    results, captions, points = {"domains": {}}, [], []
     for name, (images, y) in domains.items() if M else ():
         output = predict(M, images, compute)
         if y.is_floating_point():
             error = torch.linalg.vector_norm((output - y).view(-1, 17, 2), dim=2)
             mse, mean_pose = ((pose - y).square().mean().item() for pose in (output, M.template.cpu()))
             pixels, pck = error.mean().item() * images.shape[-1], 100 * (error < .05).float().mean().item()
-            results["domains"][name] = {"mse": mse, "pixels": pixels, "pck": pck, "mean pose": mean_pose}
-            labels.append(f"{name} {pck:.1f} pck")
+            results["domains"][name] = {"mse": mse, "pixels": pixels, "mean pose": mean_pose, "pck": pck}
             points.append(torch.stack([y, output], 1)[:16].unflatten(2, (17, 2)).tolist())
         else:
             accuracy = 100 * (output.argmax(1) == y).float().mean().item()
             results["domains"][name] = {"accuracy": accuracy}
-            labels.append(f"{name} {accuracy:.1f} accuracy")
             captions.append([(f"{s} ({t})", s == t) for s, t in zip(output.argmax(1), y[:16])])
     if M:
+        labels = [f"{name} {[*found.values()][-1]:.1f} %" for name, found in results["domains"].items()]
         grid([x[:16] / 255 for x, _ in domains.values()], labels, folder / "domains.png", 2, captions, points)
     if F:
         images, y = domains["source"]
@@ -157,8 +152,7 @@ def picture_pairs(phi, I_a, I_b, path):
     def overlay(image, outline):
         edge = geomreg.edges(outline) + 1
         edge = (edge / edge.flatten(1).quantile(.9, 1).clamp_min(1e-6).view(-1, 1, 1, 1) - .7).clamp(0, 1)
-        red = torch.tensor([1., .1, .1]).to(edge).view(3, 1, 1)
-        return torch.lerp(image.mean(1, keepdim=True) / 4 + .5, red, edge)
+        return torch.lerp(image.mean(1, True) / 4 + .5, edge.new_tensor([[[1.]], [[.1]], [[.1]]]), edge)
     moved, longest = warp.resample(I_a, phi), torch.linalg.vector_norm(phi, dim=1).max().item()
     rows = {"A": I_a / 2 + .5, "B": I_b / 2 + .5, "A registered": moved / 2 + .5,
             f"field, up to {longest:.1f} px": warp.colour_wheel(phi, longest),
@@ -275,15 +269,14 @@ def tables(args):
         plot(logs, ("error", "recon", "D", "gan"), args.out / "figure_5.png")
 
 def exit_on_bad_input(main):
-    """Run main(argv); a ValueError or OSError becomes one line and exit code 2, Ctrl-C one line and 130."""
+    """Run main(argv); a ValueError or OSError becomes one line and exit code 2, Ctrl-C one and 1."""
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; train.py goes on with --resume, tables with the same command", file=sys.stderr)
-        sys.exit(130)
+        sys.exit("interrupted; train.py goes on with --resume, tables with the same command")
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     if argv[:1] == ["tables"]:
@@ -313,7 +306,7 @@ def main(argv):
         reading = {side: (int(how[0]), *how[1:].tolist()) for side, how in checkpoint["extra"].items()}
         nets = geomreg.build(o, reading["A"][0], reading["B"][0])
     for name, net in nets.items():
-        compute.place(net).load_state_dict(checkpoint["state"][name])
+        net.to(compute.device, memory_format=torch.channels_last).load_state_dict(checkpoint["state"][name])
     M, F, R = map(nets.get, "MFR")
     o.data, o.unseen = args.data or o.data, args.unseen or getattr(o, "unseen", [])
     if args.images and R:

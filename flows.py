@@ -89,8 +89,6 @@ class Flow(nn.Module):
     """F: a squeezed logit, then levels of squeeze, `steps` x (ActNorm, 1x1, coupling), half factored out."""
     def __init__(self, channels, size, classes, levels=2, steps=4, gamma=1., lam=.1, hidden=64):
         super().__init__()
-        if size % 2 ** levels:
-            raise ValueError(f"--flow-size {size}: not a multiple of {2 ** levels}; choose another")
         self.shape, self.dim = (channels, size, size), channels * size * size
         widths = [channels * 2 ** (2 + level) for level in range(levels)]  # a squeeze makes 4 C; half go on
         self.levels = nn.ModuleList(nn.ModuleList(layer for _ in range(steps) for layer in (

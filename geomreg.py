@@ -24,14 +24,12 @@ def pad(I, multiple):
     """I with its last row and column repeated until the sides are multiples; the networks crop again."""
     return nnf.pad(I, (0, -I.shape[3] % multiple, 0, -I.shape[2] % multiple), "replicate")
 
-class Residual(nn.Module):
+class Residual(nn.Sequential):
     """x + f(x), f two convolutions with InstanceNorm."""
     def __init__(self, w):
-        super().__init__()
-        last = conv(w, w, bias=False)
-        self.body = nn.Sequential(conv_relu(w, w, norm=True), last, nn.InstanceNorm2d(w))
+        super().__init__(conv_relu(w, w, norm=True), conv(w, w, bias=False), nn.InstanceNorm2d(w))
     def forward(self, x):
-        return x + self.body(x)
+        return x + super().forward(x)
 
 class UNet(nn.Module):
     """R of the paper: U-Net, residual blocks on the way down and before the output, bilinear upsampling."""
@@ -71,33 +69,43 @@ class Pyramid(nn.Module):
                 phi = phi + correct(torch.cat([warp.resample(a, phi, "border"), b, phi], 1)).float()
         return warp.resize_field(phi, features[0][0].shape[-2:])[..., :I_a.shape[2], :I_a.shape[3]]
 
-class Translator(nn.Module):
+class Translator(nn.Sequential):
     """T: two halvings, residual blocks, two doublings; or two convolutions of 3x3 alone; tanh."""
     def __init__(self, a, b, w, blocks):
-        super().__init__()
-        steps, kernel, self.multiple = ([(w, 2 * w), (2 * w, 4 * w)], 7, 8) if blocks else ([], 3, 1)
+        steps, kernel = ([(w, 2 * w), (2 * w, 4 * w)], 7) if blocks else ([], 3)
         layers = [conv_relu(a, w, kernel), *(conv_relu(i, o, 3, 2, norm=True) for i, o in steps),
                   *(Residual(4 * w) for _ in range(blocks))]
         for i, o in reversed(steps):
             layers += [nn.Upsample(scale_factor=2, mode="bilinear"), conv_relu(o, i, norm=True)]
-        self.net = nn.Sequential(*layers, conv(w, b, kernel))
+        super().__init__(*layers, conv(w, b, kernel))
     def forward(self, I_a):
-        return torch.tanh(self.net(pad(I_a, self.multiple))[..., :I_a.shape[2], :I_a.shape[3]].float())
+        return torch.tanh(super().forward(pad(I_a, 8))[..., :I_a.shape[2], :I_a.shape[3]].float())
 
-class Discriminator(nn.Module):
-    """D: a logit for each patch of images of c channels in all, I_a and I_b or a fake, as in pix2pix."""
+class Discriminator(nn.Sequential):
+    """D: a logit for each patch of images of c channels in all: I_a and I_b or a fake, as in pix2pix."""
     def __init__(self, c, w):
-        super().__init__()
-        self.net = nn.Sequential(conv_relu(c, w, 4, 2), conv_relu(w, 2 * w, 4, 2, norm=True),
-                                 conv_relu(2 * w, 4 * w, 4, 2, norm=True),
-                                 conv_relu(4 * w, 8 * w, 4, norm=True), conv(8 * w, 1, 4))
-    def forward(self, I_a, I):
-        return self.net(pad(torch.cat([I_a, I], 1), 32)).float()
+        super().__init__(conv_relu(c, w, 4, 2), conv_relu(w, 2 * w, 4, 2, norm=True),
+                         conv_relu(2 * w, 4 * w, 4, 2, norm=True),
+                         conv_relu(4 * w, 8 * w, 4, norm=True), conv(8 * w, 1, 4))
+    def forward(self, *images):
+        return super().forward(pad(torch.cat(images, 1), 32)).float()
+
+class Keypoints(nn.Sequential):
+    """CG + SIFT in R's place, holds T: the affine map from keypoints of I_b to those of T(I_a), a field."""
+    def forward(self, I_a, I_b):
+        O, v = super().forward(I_a), warp.grid_of(I_a.float())
+        with torch.autocast(I_a.device.type, enabled=False):  # bfloat16 would round coordinates
+            maps = torch.stack([affine_between(*sift(b), *sift(a)) for a, b in zip(O, I_b.float())])
+            return torch.einsum("nij,mihw->njhw", maps, nnf.pad(v, (0, 0, 0, 0, 0, 1), value=1.)) - v
 
 def build(o, a, b):
-    """{"R", "T", "D"} of the options o for a and b channels, untrained."""
+    """{"R", "T", "D"} of the options o for a and b channels, untrained; or a CycleGAN and its R."""
     R = {"pyramid": Pyramid, "unet": UNet}[o.registration](a, b, o.R_width)
-    return {"R": R, "T": Translator(a, b, o.T_width, o.T_blocks), "D": Discriminator(a + b, o.D_width)}
+    T = Translator(a, b, o.T_width, o.T_blocks)
+    if o.similarity == "cyclegan":
+        S, *D = Translator(b, a, o.T_width, o.T_blocks), *(Discriminator(c, o.D_width) for c in (b, a))
+        return {"R": Keypoints(T), "S": S, "D_b": D[0], "D_a": D[1]}
+    return {"R": R, "T": T, "D": Discriminator(a + b, o.D_width)}
 
 # ---------------------------------------------------------------- losses
 def adversarial(logits, real):
@@ -140,3 +148,30 @@ def distance(measure, I, J, window, scales):
         total = total + MEASURES[measure](I, J, window).mean()
         I, J = (nnf.avg_pool2d(x, 2, ceil_mode=True) for x in (I, J))
     return total / scales
+
+# ---------------------------------------------------------------- CG + SIFT: keypoints and an affine map
+def sift(I):
+    """Upright SIFT, one octave, of I (C,H,W): keypoints (N,2), x and y, extrema of a difference of Gaussians,
+    and (N,128), the gradients around each: histograms of 8 directions in 4x4 cells of 4x4 pixels."""
+    grey = local_mean(I.mean(0, keepdim=True)[None], 3)
+    peak = (local_mean(grey, 3) - local_mean(local_mean(grey, 5), 5)).abs()  # means of means: nearly Gaussian
+    points = torch.nonzero((peak == nnf.max_pool2d(peak, 5, 1, 2)) & (peak > .01))[:, [3, 2]].float()
+    dx, dy = torch.gradient(grey[0, 0], dim=(1, 0))
+    turn = torch.atan2(dy, dx) / torch.pi * 4 - torch.arange(8).to(I).view(8, 1, 1)
+    votes = torch.hypot(dx, dy) * (1 - (turn + 4).remainder(8).sub(4).abs()).clamp_min(0)  # for two bins
+    cells = torch.cartesian_prod(*2 * [torch.tensor([-6., -2., 2., 6.]).to(I)])
+    histograms = warp.look_up(local_mean(votes[None], 5), (points[:, None] + cells).movedim(2, 0)[None])[0]
+    return points, nnf.normalize(nnf.normalize(histograms.movedim(1, 0).flatten(1)).clamp_max(.2))
+def affine_between(p, describe_p, q, describe_q):
+    """The affine map (3,2) from one result of `sift` to another. Matches: mutually nearest, and less than .95
+    as far as the next. Of 1,000 maps through three of them the one that brings most within 3 pixels is fitted
+    to those (RANSAC); the identity where they are fewer than six."""
+    distance = nnf.pad(torch.cdist(describe_p, describe_q), (0, 2, 0, 1), value=3.)  # so that there are two
+    near, nearest = distance[:-1].topk(2, largest=False)
+    mutual = distance.argmin(0)[nearest[:, 0]] == torch.arange(len(p)).to(nearest)
+    good = mutual & (near[:, 0] < .95 * near[:, 1])
+    P, q = nnf.pad(p, (0, 1), value=1.)[good], q[nearest[good, 0]]
+    three = torch.rand(1000, len(q), generator=torch.Generator().manual_seed(0)).to(p).topk(min(3, len(q)))[1]
+    agree = (P @ torch.linalg.pinv(P[three]) @ q[three] - q).norm(dim=2) < 3
+    agree = agree[agree.sum(1).argmax()]
+    return torch.linalg.pinv(P[agree]) @ q[agree] if agree.sum() >= 6 else torch.eye(3, 2).to(p)

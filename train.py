@@ -96,8 +96,8 @@ def train_reg(o, run):
         gen = run.random(step)
         picked = torch.randint(len(A), (o.batch,), **gen)
         I_a, I_b = (run.compute.images(I[picked.to(I.device)]) * 2 - 1 for I in (A, B))
-        I_a, I_b = (I[run.mine] for I in data.augment(I_a, I_b, o.crop, o.deform, gen["generator"]))
-        losses = dual_flow_step(o, run, gen, I_a, I_b, **nets)
+        I_a, I_b = (I[run.mine] for I in data.augment(I_a, I_b, o.augment, o.augment / 5, gen["generator"]))
+        losses = (cycle_step if "S" in nets else dual_flow_step)(o, run, gen, I_a, I_b, **nets)
         run.end_step(losses, dict if pairs["train"].points is None else watch)
     if run.rank == 0 and run.step == o.steps:
         run.finish(evaluation.evaluate_reg(run.compute, nets["R"], pairs, run.folder))
@@ -124,7 +124,7 @@ def dual_flow_step(o, run, gen, I_a, I_b, R, T, D):
             losses["gan"] = sum(geomreg.adversarial(D(I_a, O), True) for O in fakes)
 
     # ---- (2) min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
-    scales = o.scales if progress < .2 else min(2, o.scales)  # far matches first, then precise ones
+    scales = 1 if o.match == "l1" else 4 if progress < .2 else 2  # far matches first, then precise ones
     stiff = o.smooth * min(1., .1 + 3 * progress)  # a field that is stiff at once never begins to move
     losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
     measure, seen = (o.match, fakes) if translation else (o.similarity, (moved,))  # one pulls as hard as two:
@@ -138,11 +138,25 @@ def dual_flow_step(o, run, gen, I_a, I_b, R, T, D):
     weights = {"gan": o.adversarial, "recon": o.recon, "smooth": stiff, "practice": o.practice}
     terms = {name: weight * losses[name] for name, weight in weights.items() if name in losses}
     nets = "RT" if translation else "R"
-    only = {"gan": o.gan, "recon": o.l1}.items()  # table 2: a loss that trains one of the two
-    alone = [(terms.pop(name), net) for name, net in only if name in terms and net in nets]
-    run.descend(sum(terms.values()), *nets, clip=10., alone=alone)
+    alone = [(terms.pop(k), N) for k, N in (("gan", o.gan), ("recon", o.l1)) if k in terms and N in nets]
+    run.descend(sum(terms.values()), *nets, clip=10., alone=alone)  # alone: table 2, a loss to one of the two
     if run.rank == 0 and run.step % max(1, o.steps // 5) == 0:
         evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
+    return losses
+
+def cycle_step(o, run, gen, I_a, I_b, R, S, D_b, D_a):
+    """CycleGAN: T, held by R, makes B's look of A, S makes A's of B; each fools a D and undoes the other."""
+    T, losses = R[0], {}
+    with run.compute.autocast():
+        O_b, O_a = T(I_a), S(I_b)
+        judged = (D_b, I_b, O_b), (D_a, I_a, O_a)
+        losses["D"] = sum(geomreg.adversarial(D(I), True) + geomreg.adversarial(D(O.detach()), False)
+                          for D, I, O in judged)
+    run.descend(losses["D"], "D_b", "D_a")
+    with run.compute.autocast():
+        losses["gan"] = sum(geomreg.adversarial(D(O), True) for D, _, O in judged)
+        losses["cycle"] = (S(O_b) - I_a).abs().mean() + (T(O_a) - I_b).abs().mean()
+    run.descend(o.adversarial * losses["gan"] + o.recon * losses["cycle"], "R", "S", clip=10.)
     return losses
 
 # ---------------------------------------------------------------- options
@@ -184,7 +198,6 @@ class Degia(Common):
     blur: int = option(5, "side of the mean that smooths the gradient", (1, 3, 5, 7, 9), hands=9)
     alpha: float = option(1., "weight of the two distances in (7)", 0, paper=1.)
     density: float = option(1., "weight of -log p in (7)", 0)
-    gamma: float = option(1., "scale of the class means in (8)", 0)
     lam: float = option(.1, "scale lambda of the noise shift in (8)", 0, paper=.1)
     flow_size: int = option(8, "side of the image that F sees", 4, hands=4)
     flow_channels: int = option(3, "3: F sees colours; 1: their mean", (1, 3))
@@ -196,10 +209,9 @@ class Reg(Common):
     train: int = option(3000, "number of embedded training pairs", 1)
     width: int = option(64, "width of the images", 8, paper=256)
     height: int = option(64, "height of the images", 8, paper=256)
-    crop: float = option(0., "augmentation: largest share of a pair that is cut off", 0, .9)
-    deform: float = option(0., "augmentation: bend of one more random field of A, share of its size", 0, .5)
+    augment: float = option(0., "largest share that a crop cuts off a pair; a fifth of it: bend of A", 0, .9)
     registration: str = option("pyramid", "R: coarse to fine, or paper's", ("pyramid", "unet"), paper="unet")
-    similarity: str = option("translation", "R's teacher", ("translation", "ncc", "ncc-edges", "ssim-edges"))
+    similarity: str = option("translation", "R's teacher", ("translation", *geomreg.MEASURES, "cyclegan"))
     order: str = option("both", "which order is trained", ("both", "register-first", "translate-first"))
     steps: int = option(2000, "training steps", 1)
     batch: int = option(16, "pairs per step, over all processes", 1, paper=12)
@@ -207,12 +219,11 @@ class Reg(Common):
     gan: str = option("both", "whom the adversarial loss of R + T trains (table 2)", ("both", "R", "T"))
     l1: str = option("both", "whom L_recon of R + T trains (table 2)", ("both", "R", "T"))
     adversarial: float = option(.2, "weight of the adversarial loss; 0: no D", 0, paper=1.)
-    recon: float = option(20., "weight of L_recon, or of the classical measure", 0, paper=100.)
+    recon: float = option(20., "weight of L_recon, of the classical measure, of the cycle", 0, paper=100.)
     smooth: float = option(400., "weight lambda_S of the smoothness", 0, paper=200.)
     alpha: float = option(1., "how much the field may bend at edges, eq. (3)", 0, paper=1.)
     match: str = option("correlation", "what L_recon compares by", tuple(geomreg.MEASURES), paper="l1")
     window: int = option(5, "side of the windows of correlation and SSIM", (5, 7, 9))
-    scales: int = option(4, "image scales that are compared: 1, 1/2, 1/4, ...", 1, 6, paper=1)
     practice: float = option(50., "weight of R's practice on T's pictures moved by known fields", 0, paper=0.)
     R_width: int = option(24, "channels of R", 2, paper=32)
     T_width: int = option(16, "channels of T", 1, paper=64)
@@ -271,7 +282,7 @@ class Run:
         """Place networks, each with an Adam; load what was begun into them and `extra`; make the folder."""
         self.parts, self.extra = dict(nets), extra
         for name, net in nets.items():
-            parameters = self.compute.place(net).parameters()
+            parameters = net.to(self.device, memory_format=torch.channels_last).parameters()
             self.parts[f"opt_{name}"] = torch.optim.Adam(parameters, rates[name], betas, fused=True)
             for t in net.state_dict().values() if self.world > 1 else ():
                 dist.broadcast(t, 0)
@@ -307,9 +318,9 @@ class Run:
         if not save and self.step % max(1, min(50, self.o.steps // 100)):
             return
         values, self.history = self.total(torch.stack(self.history).float()).cpu() / self.world, []
-        for row, column in torch.nonzero(~values.isfinite()).tolist():
-            raise ValueError(f"step {self.step - len(values) + row + 1}: loss {list(losses)[column]} is "
-                             f"{values[row, column]}; lower its learning rate and start again")
+        for i, j in torch.nonzero(~values.isfinite()).tolist():
+            raise ValueError(f"step {self.step + i + 1 - len(values)}: {list(losses)[j]} is {values[i, j]}; "
+                             "lower its learning rate and start again")
         if self.rank == 0:
             seconds, means = time.time() - self.began, dict(zip(losses, values.mean(0).tolist())) | watch()
             self.rows.append({"step": self.step, **means, "seconds": seconds})
