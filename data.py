@@ -24,8 +24,8 @@ FINGERS = torch.tensor([  # index to little, thumb: knuckle x, y, z, three bones
     [-.30, -.96, 0, .46, .28, .22, .10, -.14], [-.10, -1.0, 0, .52, .32, .23, .10, -.03],
     [.11, -.95, 0, .48, .30, .23, .095, .08], [.30, -.84, 0, .37, .22, .20, .085, .20],
     [-.40, -.34, 0, .36, .34, .24, .11, -.65]])  # from the wrist, in palm lengths
-THINGS = torch.tensor([  # stones, labels, pot, rim, stem, leaves: how many, whether on the plant, red, green,
-    # blue, warmth; from, to: x, y of the root, angle, length, radius, depth, in shares of the side
+THINGS = torch.tensor([  # stones, labels, pot, rim, stem, leaves: how many, on the plant?, red, green, blue,
+    # warmth; from, to: root x, y, angle (radians), length, radius, in shares of the side, depth (1: near)
     [5, 0, .85, .80, .7, .80, 0, 1, .7, 1, 0, .5, .02, .05, .03, .06, .1, .5],
     [4, 0, .15, .10, .2, .10, 0, 1, 0, .7, -.4, .4, .08, .14, .04, .06, 0, .5],
     [1, 0, .70, .35, .2, .80, .40, .44, .83, .87, 0, 0, .14, .18, .07, .09, .4, .6],
@@ -93,7 +93,7 @@ def textures(n, size, gen, roughness=(.5, 1.)):
         side = torch.cos(angle) * ramp + torch.sin(angle) * ramp[:, None] - offset
         colour += (side * size / 4).clamp(0, 1) * (.5 * rand(1, 1, 1) - .25 + .4 * (rand(3, 1, 1) - .5))
     return colour.clamp(0, 1)
-LOOKS = {  # each maps (B,1,S,S) in [0,1] to 1 or 3 channels; rand(*s) is (B,*s), scene() textures
+LOOKS = {  # each maps (B,C,S,S) in [0,1] to 1 or 3 channels; rand(*s) is (B,*s), scene() textures
     "source": lambda x, *_: x,
     "difference": lambda x, _, scene: (scene() - x).abs(),  # over coloured textures: MNIST-M's recipe
     "paint": lambda x, rand, scene: torch.lerp(scene((.2, .4)) * rand(3, 1, 1), .5 + .5 * rand(3, 1, 1), x),
@@ -112,7 +112,7 @@ def apply_look(name, x, seed):
 
 # ---------------------------------------------------------------- embedded plants
 def plant_scene(n, gen):
-    """The things of n random scenes, far to near, strokes that bend under their weight, in shares of a side:
+    """The things of n random scenes as they are painted, strokes that bend under their weight, of side 1:
     points (n,5,2) from the root, radius (n,4), depth (n,1,1), red, green, blue, warm, near (n,5,1,1)."""
     rand, between, _ = noise(n, gen)
     camera, t = between(-.15, .15, 1, 2), torch.linspace(0, 1, 5)[:, None]
@@ -125,9 +125,9 @@ def plant_scene(n, gen):
             paint = torch.cat([kind[2:6, None] * between(.6, 1.3, 4, 1), .2 + .75 * depth], 1)
             yield points, radius[..., 0] * torch.tensor([.6, 1., .95, .5]), depth, paint[..., None]
 def make_plants(n, size, seed, modality="ir"):
-    """n random pairs of size (H,W): A (n,3,H,W), B (n,1,H,W) uint8, seen through a smooth field and parallax
-    by depth; landmarks (n,P,4), the ends of a bright mark on each thing, pixels x, y in A, then in B, NaN if
-    hidden; salient (P,): on the plant."""
+    """n random pairs of size (H,W), uint8: A (n,3,H,W), and B (n,1,H,W), which is seen through a smooth field
+    and parallax by depth; landmarks (n,P,4), pixels x, y in A, then B, of the ends of a bright mark on each
+    thing (without relief), NaN if hidden; salient (P,): on the plant."""
     gen, sides, parts = torch.Generator().manual_seed(seed), torch.tensor(size[::-1]), []
     wall, of_b = torch.tensor([.3, .3, .3, .3, 0]).view(5, 1, 1), {"ir": 3, "depth": 4}[modality]
     for count in [min(50, n - i) for i in range(0, n, 50)]:
@@ -142,10 +142,10 @@ def make_plants(n, size, seed, modality="ir"):
             p, radius, paint = torch.cat([a, b]), min(size) * radius.repeat(2, 1), paint.repeat(2, 1, 1, 1)
             cover = draw_strokes(p[:, :-1], p[:, 1:], radius, size)
             mark = draw_strokes(p[:, 1:3], p[:, 2:4], radius[:, 1:3] / 5, size)
-            view = torch.lerp(view, (paint + .35 * mark).clamp(0, 1), cover)
+            view = torch.lerp(view, (paint + .35 * mark * (wall > 0)).clamp(0, 1), cover)
             owner = torch.where(cover > .5, number, owner)
             places.append(p[:, 1::2])
-        places, owners = torch.cat(places, 1), torch.arange(2, 2 * len(places) + 2) // 2
+        places, owners = torch.cat(places, 1), torch.arange(1, number + 1).repeat_interleave(2)
         seen = warp.look_up(owner, places.round().transpose(1, 2)[..., None])[:, 0, :, 0].round() == owners
         visible = seen.view(2, count, -1, 1).all(0)
         A, B = to_uint8(view * each(.8, 1.2) + .02 * torch.randn(view.shape, generator=gen)).chunk(2)
@@ -357,7 +357,8 @@ def load_mnist(folder, split, size):
             raise ValueError(f"{folder}: no {name}[.gz]; name MNIST's four files, or add --task hands")
         with blaming(path, "damaged, or not such an IDX file", "fetch it again"):
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            _, *shape = np.frombuffer(content, ">i4", 1 + dims)
+            kind, *shape = np.frombuffer(content, ">i4", 1 + dims)
+            assert kind == 0x800 + dims, "its first four bytes say so"
             arrays.append(np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape))
     images, labels = map(torch.tensor, arrays)
     if len(images) != len(labels) or not len(images) or labels.max() > 9:

@@ -42,7 +42,7 @@ def plot(logs, columns, path, width=460, height=280, colours=("blue", "crimson",
         left, top = i % 2 * width + 16, i // 2 * height + 50
         right, bottom = left + width - 32, top + height - 64
         pen.rectangle((left, top, right, bottom), outline=(170, 170, 170))
-        pen.text((left, top - 42), f"{name}: {low:.4g} to {high:.4g} in {end:g} steps", "black", font_size=13)
+        pen.text((left, top - 42), f"{name}: axis {low:.4g} to {high:.4g}, {end:g} steps", 0, font_size=13)
         for k, (label, table) in enumerate(zip(logs, tables)):
             x = left + (right - left) * table["step"] / end
             y = bottom - (bottom - top) * (table[name].clip(max=high) - low) / max(high - low, 1e-9)
@@ -92,7 +92,7 @@ def evaluate_degia(compute, M, F, domains, folder):
             results["domains"][name] = {"accuracy": accuracy}
             captions.append([(f"{s} ({t})", s == t) for s, t in zip(output.argmax(1), y[:16])])
     if M:
-        labels = [f"{name} {[*found.values()][-1]:.1f} %" for name, found in results["domains"].items()]
+        labels = [f"{n} {[*row.values()][-1]:.1f} {[*row][-1]}" for n, row in results["domains"].items()]
         grid([x[:16] / 255 for x, _ in domains.values()], labels, folder / "domains.png", 2, captions, points)
     if F:
         images, y = domains["source"]

@@ -99,12 +99,12 @@ class Keypoints(nn.Sequential):
             return torch.einsum("nij,mihw->njhw", maps, nnf.pad(v, (0, 0, 0, 0, 0, 1), value=1.)) - v
 
 def build(o, a, b):
-    """{"R", "T", "D"} of the options o for a and b channels, untrained; or a CycleGAN and its R."""
+    """{"R", "T", "D"} of the options o for a and b channels, untrained; CG + SIFT: R holds T, S is B to A."""
     R = {"pyramid": Pyramid, "unet": UNet}[o.registration](a, b, o.R_width)
     T = Translator(a, b, o.T_width, o.T_blocks)
     if o.similarity == "cyclegan":
-        S, *D = Translator(b, a, o.T_width, o.T_blocks), *(Discriminator(c, o.D_width) for c in (b, a))
-        return {"R": Keypoints(T), "S": S, "D_b": D[0], "D_a": D[1]}
+        S, D_b, D_a = Translator(b, a, o.T_width, o.T_blocks), *(Discriminator(c, o.D_width) for c in (b, a))
+        return {"R": Keypoints(T), "S": S, "D_b": D_b, "D_a": D_a}
     return {"R": R, "T": T, "D": Discriminator(a + b, o.D_width)}
 
 # ---------------------------------------------------------------- losses
@@ -123,10 +123,9 @@ def correlation(I, J, window):
     _, _, var_i, var_j, cov = local_moments(I, J, window)
     return cov / ((var_i + .01) * (var_j + .01)).sqrt()  # the summands: flat images have nothing to correlate
 def ssim(I, J, window):
-    """Structural similarity at every pixel, for images in [-1,1]."""
+    """Structural similarity at every pixel; its constants are those for images in [-1,1]."""
     i, j, var_i, var_j, cov = local_moments(I, J, window)
-    c_1, c_2 = (.01 * 2) ** 2, (.03 * 2) ** 2
-    return (2 * i * j + c_1) * (2 * cov + c_2) / ((i * i + j * j + c_1) * (var_i + var_j + c_2))
+    return (2 * i * j + .0004) * (2 * cov + .0036) / ((i * i + j * j + .0004) * (var_i + var_j + .0036))
 def edges(I):
     """Sobel magnitude of the grey image, smoothed by a 5x5 mean, (B,1,H,W) from -1."""
     sobel = torch.tensor([[1., 0., -1.], [2., 0., -2.], [1., 0., -1.]]).to(I) / 8
@@ -165,7 +164,7 @@ def sift(I):
 def affine_between(p, describe_p, q, describe_q):
     """The affine map (3,2) from one result of `sift` to another. Matches: mutually nearest, and less than .95
     as far as the next. Of 1,000 maps through three of them the one that brings most within 3 pixels is fitted
-    to those (RANSAC); the identity where they are fewer than six."""
+    to those (RANSAC); the identity where they are fewer than six or than a quarter."""
     distance = nnf.pad(torch.cdist(describe_p, describe_q), (0, 2, 0, 1), value=3.)  # so that there are two
     near, nearest = distance[:-1].topk(2, largest=False)
     mutual = distance.argmin(0)[nearest[:, 0]] == torch.arange(len(p)).to(nearest)
@@ -174,4 +173,5 @@ def affine_between(p, describe_p, q, describe_q):
     three = torch.rand(1000, len(q), generator=torch.Generator().manual_seed(0)).to(p).topk(min(3, len(q)))[1]
     agree = (P @ torch.linalg.pinv(P[three]) @ q[three] - q).norm(dim=2) < 3
     agree = agree[agree.sum(1).argmax()]
-    return torch.linalg.pinv(P[agree]) @ q[agree] if agree.sum() >= 6 else torch.eye(3, 2).to(p)
+    fits = agree.sum() >= max(6, len(q) / 4)
+    return torch.linalg.pinv(P[agree], rtol=1e-6) @ q[agree] if fits else torch.eye(3, 2).to(p)

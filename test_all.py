@@ -234,8 +234,8 @@ def main(words, out):
     train.main([*words.split(), "--out", str(out)])
     return evaluation.load_checkpoint(out) | {f.stem: json.loads(f.read_text()) for f in out.glob("*.json")}
 
-@pytest.mark.parametrize("task,other,tiny", [
-    ("degia", "reg", DEGIA), ("reg", "degia", REG), ("reg", "degia", f"{REG} --similarity cyclegan")])
+@pytest.mark.parametrize("task,other,tiny", [("degia", "reg", DEGIA), ("reg", "degia", REG), (
+    "reg", "degia", f"{REG} --similarity cyclegan --modality depth")])
 def test_a_run_stopped_killed_and_resumed_equals_a_whole_one_and_two_processes(task, other, tiny, tmp_path):
     """Bit for bit (networks, optimizers, pool, log), whatever wrong commands were given; torchrun nearly."""
     words, (one, parts, two) = f"{tiny} --steps 12", (tmp_path / name for name in ("one", "parts", "two"))

@@ -98,6 +98,8 @@ def train_reg(o, run):
         I_a, I_b = (run.compute.images(I[picked.to(I.device)]) * 2 - 1 for I in (A, B))
         I_a, I_b = (I[run.mine] for I in data.augment(I_a, I_b, o.augment, o.augment / 5, gen["generator"]))
         losses = (cycle_step if "S" in nets else dual_flow_step)(o, run, gen, I_a, I_b, **nets)
+        if run.rank == 0 and step % max(1, o.steps // 5) == 0:
+            evaluation.picture_pairs(nets["R"](I_a, I_b).detach(), I_a, I_b, run.folder / "training.png")
         run.end_step(losses, dict if pairs["train"].points is None else watch)
     if run.rank == 0 and run.step == o.steps:
         run.finish(evaluation.evaluate_reg(run.compute, nets["R"], pairs, run.folder))
@@ -124,10 +126,10 @@ def dual_flow_step(o, run, gen, I_a, I_b, R, T, D):
             losses["gan"] = sum(geomreg.adversarial(D(I_a, O), True) for O in fakes)
 
     # ---- (2) min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
-    scales = 1 if o.match == "l1" else 4 if progress < .2 else 2  # far matches first, then precise ones
     stiff = o.smooth * min(1., .1 + 3 * progress)  # a field that is stiff at once never begins to move
     losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
     measure, seen = (o.match, fakes) if translation else (o.similarity, (moved,))  # one pulls as hard as two:
+    scales = 1 if measure == "l1" else 4 if progress < .2 else 2  # far matches first, then precise ones
     losses["recon"] = 2 / len(seen) * sum(geomreg.distance(measure, I, I_b, o.window, scales) for I in seen)
     if translation and o.practice:  # not in the paper: find a known field between A and T's picture of it
         known = warp.random_field(o.batch, I_a.shape[-2:], *data.MISALIGNED, gen["generator"])[run.mine]
@@ -140,23 +142,20 @@ def dual_flow_step(o, run, gen, I_a, I_b, R, T, D):
     nets = "RT" if translation else "R"
     alone = [(terms.pop(k), N) for k, N in (("gan", o.gan), ("recon", o.l1)) if k in terms and N in nets]
     run.descend(sum(terms.values()), *nets, clip=10., alone=alone)  # alone: table 2, a loss to one of the two
-    if run.rank == 0 and run.step % max(1, o.steps // 5) == 0:
-        evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
     return losses
 
 def cycle_step(o, run, gen, I_a, I_b, R, S, D_b, D_a):
-    """CycleGAN: T, held by R, makes B's look of A, S makes A's of B; each fools a D and undoes the other."""
-    T, losses = R[0], {}
+    """CycleGAN: T = R[0] makes B's look of A, S makes A's of B; each fools a D, and each undoes the other."""
     with run.compute.autocast():
-        O_b, O_a = T(I_a), S(I_b)
+        O_b, O_a = R[0](I_a), S(I_b)
         judged = (D_b, I_b, O_b), (D_a, I_a, O_a)
-        losses["D"] = sum(geomreg.adversarial(D(I), True) + geomreg.adversarial(D(O.detach()), False)
-                          for D, I, O in judged)
-    run.descend(losses["D"], "D_b", "D_a")
+        losses = {"D": sum(geomreg.adversarial(D(I), True) + geomreg.adversarial(D(O.detach()), False)
+                           for D, I, O in judged)}
+    run.descend(losses["D"], "D_b", "D_a")  # (1) max over both D
     with run.compute.autocast():
         losses["gan"] = sum(geomreg.adversarial(D(O), True) for D, _, O in judged)
-        losses["cycle"] = (S(O_b) - I_a).abs().mean() + (T(O_a) - I_b).abs().mean()
-    run.descend(o.adversarial * losses["gan"] + o.recon * losses["cycle"], "R", "S", clip=10.)
+        losses["cycle"] = (S(O_b) - I_a).abs().mean() + (R[0](O_a) - I_b).abs().mean()
+    run.descend(o.adversarial * losses["gan"] + o.recon * losses["cycle"], "R", "S", clip=10.)  # (2) min
     return losses
 
 # ---------------------------------------------------------------- options
@@ -209,16 +208,16 @@ class Reg(Common):
     train: int = option(3000, "number of embedded training pairs", 1)
     width: int = option(64, "width of the images", 8, paper=256)
     height: int = option(64, "height of the images", 8, paper=256)
-    augment: float = option(0., "largest share that a crop cuts off a pair; a fifth of it: bend of A", 0, .9)
+    augment: float = option(0., "share of a pair that a crop may cut off; a fifth of it bends A", 0, .9)
     registration: str = option("pyramid", "R: coarse to fine, or paper's", ("pyramid", "unet"), paper="unet")
-    similarity: str = option("translation", "R's teacher", ("translation", *geomreg.MEASURES, "cyclegan"))
+    similarity: str = option("translation", "what teaches R", ("translation", *geomreg.MEASURES, "cyclegan"))
     order: str = option("both", "which order is trained", ("both", "register-first", "translate-first"))
     steps: int = option(2000, "training steps", 1)
     batch: int = option(16, "pairs per step, over all processes", 1, paper=12)
     lr: float = option(3e-3, "learning rate; linear to 0 over the second half", 0, paper=1e-4)
     gan: str = option("both", "whom the adversarial loss of R + T trains (table 2)", ("both", "R", "T"))
     l1: str = option("both", "whom L_recon of R + T trains (table 2)", ("both", "R", "T"))
-    adversarial: float = option(.2, "weight of the adversarial loss; 0: no D", 0, paper=1.)
+    adversarial: float = option(.2, "weight of the adversarial loss; 0: R + T without D", 0, paper=1.)
     recon: float = option(20., "weight of L_recon, of the classical measure, of the cycle", 0, paper=100.)
     smooth: float = option(400., "weight lambda_S of the smoothness", 0, paper=200.)
     alpha: float = option(1., "how much the field may bend at edges, eq. (3)", 0, paper=1.)
