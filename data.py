@@ -142,7 +142,7 @@ def make_plants(n, size, seed, modality="ir"):
             p, radius, paint = torch.cat([a, b]), min(size) * radius.repeat(2, 1), paint.repeat(2, 1, 1, 1)
             cover = draw_strokes(p[:, :-1], p[:, 1:], radius, size)
             mark = draw_strokes(p[:, 1:3], p[:, 2:4], radius[:, 1:3] / 5, size)
-            view = torch.lerp(view, (paint + .35 * mark * (wall > 0)).clamp(0, 1), cover)
+            view = torch.lerp(view, (paint + .35 * mark * (wall > 0)).clamp(0, 1), cover)  # not in depth
             owner = torch.where(cover > .5, number, owner)
             places.append(p[:, 1::2])
         places, owners = torch.cat(places, 1), torch.arange(1, number + 1).repeat_interleave(2)
