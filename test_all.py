@@ -264,8 +264,8 @@ def test_a_run_stopped_killed_and_resumed_equals_a_whole_one_and_two_processes(t
 def test_short_runs_learn_and_a_rate_far_too_high_costs_no_checkpoint(tmp_path):
     found = main("degia --method pure --train 999 --steps 60 --size 20", tmp_path / "d")["results"]
     assert found["domains"]["source"]["accuracy"] > 80 and "bits_per_dim" not in found
-    found = main("reg --train 100 --steps 160 --adversarial 0 --smooth 100", tmp_path / "r")["results"]
-    assert found["registered"]["scene"] < .95 * found["unregistered"]["scene"] and found["folding"] < .02
+    found = main("reg --train 100 --steps 80 --adversarial 0 --smooth 100", tmp_path / "r")["results"]
+    assert found["registered"]["scene"] < .9 * found["unregistered"]["scene"] and found["folding"] < .02
     with pytest.raises(ValueError, match="task is (nan|inf)"):
         main(f"{DEGIA} --steps 8 --method pure --lr 1e30", tmp_path)
     assert evaluation.load_checkpoint(tmp_path)["step"] == 0
