@@ -123,7 +123,7 @@ def correlation(I, J, window):
     _, _, var_i, var_j, cov = local_moments(I, J, window)
     return cov / ((var_i + .01) * (var_j + .01)).sqrt()  # the summands: flat images have nothing to correlate
 def ssim(I, J, window):
-    """Structural similarity at every pixel; its constants are those for images in [-1,1]."""
+    """Structural similarity at every pixel, images in [-1,1]: constants (.01 L)^2, (.03 L)^2 with L = 2."""
     i, j, var_i, var_j, cov = local_moments(I, J, window)
     return (2 * i * j + .0004) * (2 * cov + .0036) / ((i * i + j * j + .0004) * (var_i + var_j + .0036))
 def edges(I):
