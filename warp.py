@@ -1,71 +1,113 @@
-"""Displacement fields: resampling, smoothness, composition, inversion, points, folding; eq. (1)-(3).
+"""Displacement fields: the resampler and the bilateral smoothness, eq. (1)-(3), and tools for fields.
 
-    I      image (B,C,H,W);  v, u  pixels (x, y), x right, y down, the centre of the top-left pixel is (0, 0)
-    phi    displacement field (B,2,H,W) in PIXELS, channel 0 = x, channel 1 = y
-    R_S    resampler: R_S(I, phi)[v] = I[v + phi(v)]; content of I at p is seen at the v with v + phi(v) = p
+    I     image (B, C, H, W)
+    v, u  pixels (x, y): x right, y down; the centre of the top-left pixel is (0, 0)
+    phi   displacement field (B, 2, H, W) in pixels; channel 0 is x, channel 1 is y
+
+R_S(I, phi)[v] = I[v + phi(v)]: with phi = (1, 0) everywhere each pixel shows its right neighbour. So what I holds
+at p is seen at the v with v + phi(v) = p.
 """
+import math
+
 import torch
 import torch.nn.functional as nnf
 
-def grid_of(phi):
-    """The coordinates v of all pixels (1,2,H,W), as x and y."""
-    return torch.stack(torch.meshgrid(*map(torch.arange, phi.shape[:1:-1]), indexing="xy"))[None].to(phi)
-def look_up(I, places, padding="zeros"):
-    """I at places (B,2,h,w), pixels of I as x and y; bilinear; padding: "zeros" or "border"."""
-    last = torch.tensor([max(side - 1, 1) for side in I.shape[:1:-1]]).to(places)  # W-1, H-1
-    return nnf.grid_sample(I, 2 * places.movedim(1, -1) / last - 1, "bilinear", padding, align_corners=True)
+def pixel_grid(height, width, like):
+    """The coordinates v of all pixels: (1, 2, H, W), x and y."""
+    x = torch.arange(width, device=like.device, dtype=like.dtype)
+    y = torch.arange(height, device=like.device, dtype=like.dtype)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"))[None]
+
+def sample_at(I, places, padding="zeros"):
+    """I at places (B, 2, h, w), pixel coordinates of I: (B, C, h, w), bilinear; padding "zeros" or "border"."""
+    height, width = I.shape[2:]
+    x, y = places.unbind(1)
+    grid = torch.stack([2 * x / max(width - 1, 1) - 1, 2 * y / max(height - 1, 1) - 1], dim=-1)
+    return nnf.grid_sample(I, grid, mode="bilinear", padding_mode=padding, align_corners=True)
+
 def resample(I, phi, padding="zeros"):
-    """R_S, eq. (1): R_S(I, phi)[v] = I[v + phi(v)], bilinear, zero outside; never in less than float32."""
+    """R_S, eq. (1): I[v + phi(v)], zero outside the image. In float32 at least: bfloat16 would round v."""
     phi = phi.to(torch.promote_types(phi.dtype, torch.float32))
-    return look_up(I.to(phi), grid_of(phi) + phi, padding)
+    v = pixel_grid(*phi.shape[2:], like=phi)
+    return sample_at(I.to(phi.dtype), v + phi, padding)
+
+def norm(v):
+    """Euclidean norm over channels: (B, C, H, W) -> (B, H, W). `linalg.vector_norm` is many times slower here."""
+    return (v.square().sum(1) + 1e-12).sqrt()  # the summand keeps the gradient finite at 0
+
+def difference(I, dx, dy):
+    """I[v + (dx, dy)] - I[v] wherever both exist; dx is -1, 0 or 1, dy is 0 or 1."""
+    height, width = I.shape[2:]
+    here = I[:, :, :height - dy, max(0, -dx):width - max(0, dx)]
+    there = I[:, :, dy:, max(0, dx):width + min(0, dx)]
+    return there - here
+
+def scaled(phi, x, y):
+    """phi with its two channels multiplied by numbers. (A tensor of them would have to travel to the GPU.)"""
+    return torch.stack([x * phi[:, 0], y * phi[:, 1]], dim=1)
+
+def smoothness(phi, O_s, alpha):
+    """L_smooth, eq. (2): mean over v of the sum over its 8 neighbours u of B(u, v) ||phi(u) - phi(v)||.
+
+    Eq. (3): B(u, v) = exp(-alpha ||O_s[u] - O_s[v]||), so that the field may bend where O_s (B, C, H, W) has an
+    edge. O_s is a constant here: R could otherwise lower this loss by putting edges into the image.
+    phi counts in half-sides of the image, and the sum is scaled by W/256, the paper's width, since neighbours lie
+    closer together in a finer image: one weight lambda_S then means the same stiffness at every size.
+    """
+    O_s = O_s.detach()
+    height, width = phi.shape[2:]
+    phi = scaled(phi, 2 / max(width - 1, 1), 2 / max(height - 1, 1))
+    total = 0.0
+    for dx, dy in ((1, 0), (0, 1), (1, 1), (-1, 1)):  # each pair of neighbours once
+        bend = norm(difference(phi, dx, dy))
+        edge = norm(difference(O_s, dx, dy))
+        total = total + (torch.exp(-alpha * edge) * bend).sum()
+    mean = 2 * total / (len(phi) * height * width)  # a pair counts for u and for v
+    return mean * width / 256
 
 def resize_field(phi, size):
-    """phi on a grid of `size` (H,W), with half-pixel centres; its values scale with the sides."""
-    scale = torch.tensor([size[1] / phi.shape[-1], size[0] / phi.shape[-2]]).to(phi).view(1, 2, 1, 1)
-    return nnf.interpolate(phi, size=tuple(size), mode="bilinear", align_corners=False) * scale
+    """phi for an image of another size (H, W): its values scale with the sides; half-pixel centres, as Pillow."""
+    height, width = phi.shape[2:]
+    return scaled(nnf.interpolate(phi, size=size, mode="bilinear"), size[1] / width, size[0] / height)
+
 def random_field(n, size, bend, shift, gen):
-    """n smooth fields (n,2,H,W): deviation `bend` at 3x3 points, `shift` of the whole, in shares of H, W."""
-    coarse = torch.randn(n, 2, 10, generator=gen, device=gen.device)
-    coarse = bend * coarse[:, :, :9].view(n, 2, 3, 3) + shift * coarse[:, :, 9:, None]
-    sides = torch.tensor(size[::-1], device=gen.device).view(1, 2, 1, 1)
-    return sides * nnf.interpolate(coarse, size=tuple(size), mode="bicubic", align_corners=True)
+    """n smooth fields (n, 2, H, W): cubic between 3x3 knots of deviation `bend`, all of it moved by a deviation
+    `shift`, both in shares of the sides."""
+    knots = bend * torch.randn(n, 2, 3, 3, generator=gen, device=gen.device)
+    whole = shift * torch.randn(n, 2, 1, 1, generator=gen, device=gen.device)
+    height, width = size
+    return scaled(nnf.interpolate(knots + whole, size=size, mode="bicubic", align_corners=True), width, height)
 
-def compose(first, then):
-    """The field that does both: R_S(R_S(I, first), then) = R_S(I, compose(first, then))."""
-    return then + resample(first, then, "border")
-def warp_points(points, phi, iterations=50):
-    """Where the content of I at `points` (B,N,2) is seen in R_S(I, phi): q with q + phi(q) = p, iterated."""
-    q = p = points.transpose(1, 2)[..., None].to(phi)  # (B,2,N,1)
+def warp_points(points, phi, iterations=200):
+    """Where what I shows at points p (B, N, 2) is seen in R_S(I, phi): the q (B, N, 2) with q + phi(q) = p.
+
+    Each step goes half of the way that is left over. A whole step would overshoot, further each time, where phi
+    stretches with a slope above 1; half a step finds q up to a slope of 3. NaN where it finds none: phi folds.
+    """
+    p = points.transpose(1, 2)[..., None].to(phi)  # (B, 2, N, 1)
+    q = p
     for _ in range(iterations):
-        q = p - look_up(phi, q, "border")
+        left_over = p - q - sample_at(phi, q, "border")
+        q = q + 0.5 * left_over
+    found = norm(left_over)[:, None] < 0.1
+    q = torch.where(found, q, math.nan)
     return q[..., 0].transpose(1, 2)
-def invert(phi):
-    """psi with compose(phi, psi) = 0: v + psi(v) is where the content of v is seen; for slopes below 1."""
-    v = grid_of(phi).flatten(2).transpose(1, 2)
-    return (warp_points(v.expand(len(phi), -1, -1), phi) - v).transpose(1, 2).view_as(phi)
-def jacobian_determinant(phi):
-    """det of d(v + phi)/dv (B,H-1,W-1) by forward differences; below 0 the field folds."""
-    right, down = phi.diff(dim=3)[:, :, :-1], phi.diff(dim=2)[..., :-1]
-    return (1 + right[:, 0]) * (1 + down[:, 1]) - right[:, 1] * down[:, 0]
 
-def length(v):
-    """Euclidean norm over channels (B,H,W), on a CPU up to 18 times faster than `linalg.vector_norm`."""
-    return (v.square().sum(1) + 1e-12).sqrt()  # the summand keeps the gradient finite at 0
-def smoothness(phi, O_s, alpha):
-    """Eq. (2): mean over v of the sum over its 8 neighbours u of B(u, v) ||phi(u) - phi(v)||, times W/256.
-    Eq. (3): B = exp(-alpha ||O_s[u] - O_s[v]||): the field may bend at the edges of O_s (B,C,H,W)."""
-    height, width = phi.shape[-2:]  # phi in half-sizes of the image: a weight is one stiffness at every size
-    phi = phi / torch.tensor([max(width - 1, 1) / 2, max(height - 1, 1) / 2]).to(phi).view(1, 2, 1, 1)
-    def differences(I):  # I[u] - I[v] of each two neighbours once: side by side, above each other, diagonal
-        return (I[..., 1:] - I[..., :-1], I[..., 1:, :] - I[..., :-1, :],
-                I[..., 1:, 1:] - I[..., :-1, :-1], I[..., 1:, :-1] - I[..., :-1, 1:])
-    pairs = zip(differences(phi), differences(O_s.detach()))
-    total = sum((torch.exp(-alpha * length(edge)) * length(bend)).sum() for bend, edge in pairs)
-    return 2 * total / (len(phi) * height * width) * width / 256  # a pair counts for u and for v
+def jacobian_determinant(phi):
+    """det of d(v + phi)/dv: (B, H-1, W-1), forward differences. At 0 and below the field folds."""
+    d_x = difference(phi, 1, 0)[:, :, :-1]
+    d_y = difference(phi, 0, 1)[:, :, :, :-1]
+    return (1 + d_x[:, 0]) * (1 + d_y[:, 1]) - d_x[:, 1] * d_y[:, 0]
 
 def colour_wheel(phi, longest):
-    """phi as colours (B,3,H,W) in [0,1]: hue is the direction, saturation the length, white is 0."""
+    """phi as colours (B, 3, H, W) in [0, 1]: hue is the direction, saturation the length, white is 0."""
     x, y = phi.unbind(1)
-    hue, strength = torch.atan2(y, x) / (2 * torch.pi), (torch.hypot(x, y) / max(longest, 1e-6)).clamp(0, 1)
-    ramps = torch.stack([(hue - shift) % 1 for shift in (0, 1 / 3, 2 / 3)], 1)  # distance round the wheel
-    return 1 - strength[:, None] * (1 - (2 - 6 * torch.minimum(ramps, 1 - ramps)).clamp(0, 1))
+    hue = torch.atan2(y, x) / math.tau
+    saturation = (torch.hypot(x, y) / max(longest, 1e-6)).clamp(0, 1)
+    channels = []
+    for primary in (0, 1 / 3, 2 / 3):  # red, green, blue
+        turn = (hue - primary) % 1
+        distance = torch.minimum(turn, 1 - turn)  # round the wheel
+        pure = (2 - 6 * distance).clamp(0, 1)
+        channels.append(1 - saturation * (1 - pure))
+    return torch.stack(channels, dim=1)
