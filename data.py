@@ -3,13 +3,8 @@
 Images are uint8 (N, C, H, W). Points are (x, y), x right and y down: in pixels, where the centre of the
 top-left pixel is (0, 0), or in shares of the sides, (pixel + 0.5) / side.
 
-    make_digits, apply_look    digits in one font; a *look* turns them into the colours of a domain
-    make_hands                 one hand as RGB, depth and X-ray, with 17 landmarks
-    make_plants                pairs of two modalities, misaligned, with landmarks that are only measured
-    load_...                   what train.py asks for: one of the above, or a folder of the user
-
-What is drawn depends on a seed alone. Far things come first; pictures are drawn at twice their size or more,
-and reduced, which smooths edges.
+What is drawn depends on a seed alone: far things first, at twice the size or more, and then reduced, which
+smooths edges. A *look* turns grey digits into the colours and textures of a domain.
 """
 import csv
 import gzip
@@ -45,7 +40,7 @@ def to_uint8(images):
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 def to_float(images):
-    """uint8 images in [0, 1]; channels_last is the layout that convolutions are fastest with."""
+    """uint8 images in [0, 1]; channels_last is the layout that convolutions like best."""
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 def add_noise(picture, rng, deviation=5):
@@ -123,15 +118,15 @@ def pose_hand(rng):
     joints = np.zeros((5, 5, 3))
     spread = rng.uniform(0.3, 1.7)
     fist = rng.uniform(0.2, 1.4) * rng.integers(2)  # half of the hands are open
-    for i, finger in enumerate(FINGERS):
-        joints[i, 0, 0] = 0.45 * finger.x
-        joints[i, 1, :2] = finger.x, finger.y
+    for joint, finger in zip(joints, FINGERS):
+        joint[0, 0] = 0.45 * finger.x
+        joint[1, :2] = finger.x, finger.y
         angle = spread * finger.direction + rng.uniform(-0.1, 0.1)
         curl = fist * rng.integers(2) + rng.uniform(0, 0.3)
         bend = 0.6 * curl
         for k, length in enumerate(finger.bones):
             way = math.sin(angle) * math.cos(bend), -math.cos(angle) * math.cos(bend), math.sin(bend)
-            joints[i, k + 2] = joints[i, k + 1] + length * np.array(way)
+            joint[k + 2] = joint[k + 1] + length * np.array(way)
             bend += curl
 
     turn = rng.uniform(-0.7, 0.7)
@@ -294,11 +289,11 @@ def opened(path):
     """An opened image file; whatever is wrong with it, also while it is read, becomes an InputError."""
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photograph and its preview
-                raise InputError(f"{path}: holds {image.n_frames} pages; save the one you want as its own file")
+            pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its preview
             deep = ";16" in str(image.tile) and image.mode[0] not in "IF"  # Pillow would drop the low bytes
-            if deep or image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-                raise InputError(f"{path}: neither grey nor RGB of 8 bits a channel; save it as one of these")
+            if pages > 1 or deep or image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
+                raise InputError(f"{path}: {pages} pages, {image.mode}{' of 16 bits' * deep}; save it as one picture, "
+                                 "RGB of 8 bits or grey of any depth")
             yield image
     except InputError:
         raise
@@ -312,12 +307,9 @@ def upright_size(image):
         return image.size[::-1]
     return image.size
 
-def is_grey(image):
-    return image.mode in ("1", "L", "LA") or image.mode[0] in "IF"
-
 def stretch(pixels):
-    """Deeper pixels as 8 bits: from the .5 to the 99.5 percentile of the finite ones above the lowest value.
-    The lowest is padding, "no data" or an empty background wherever it is common: it becomes black, alone."""
+    """Deep pixels as 8 bits: from the .5 to the 99.5 percentile of the finite ones above the lowest value. That
+    is padding, "no data" or an empty background wherever it is common: it alone becomes black."""
     finite = np.isfinite(pixels)
     inside = finite & (pixels > pixels[finite].min(initial=np.inf))
     levels = np.zeros(pixels.shape, np.uint8)
@@ -330,7 +322,7 @@ def stretch(pixels):
     return Image.fromarray(levels)
 
 def open_image(path, mode="RGB"):
-    """The file as an upright picture of 8 bits, "RGB" or "L"; what is transparent is laid on black."""
+    """The file as an upright picture of 8 bits, "RGB" or "L" (grey); what is transparent is laid on black."""
     with opened(path) as image:
         picture = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
@@ -343,75 +335,61 @@ def open_image(path, mode="RGB"):
 def read_images(files, size, mode="RGB"):
     """The files as uint8 (N, C, H, W) of size (H, W), decoded in parallel."""
     height, width = size
-    images = torch.empty(len(files), len(mode.replace("L", "1")), height, width, dtype=torch.uint8)
 
-    def read(i):
-        picture = open_image(files[i], mode)
-        images[i] = to_tensor(picture.resize((width, height), Image.Resampling.BILINEAR))
+    def read(path):
+        return to_tensor(open_image(path, mode).resize((width, height), Image.Resampling.BILINEAR))
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(read, range(len(files))))  # the list asks for the results, and so for errors
-    return images
+        return torch.stack(list(pool.map(read, files)))
 
 def list_images(folder):
     """{stem: path} of the images of a folder, sorted; names that begin with a dot are some system's own."""
-    found = {}
-    for path in sorted(Path(folder).glob("[!.]*")):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            if path.stem in found:
-                raise InputError(f"{path}: {found[path.stem].name} has the same name; rename one of them")
-            found[path.stem] = path
-    if not found:
-        raise InputError(f"{folder}: no such folder, or no image in it; it takes {' '.join(IMAGE_SUFFIXES)}")
+    files = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in IMAGE_SUFFIXES]
+    found = {path.stem: path for path in files}
+    if not files or len(found) < len(files):
+        raise InputError(f"{folder}: no such folder, or no image in it, or two of one name; correct it")
     return found
 
 def read_landmarks(table, columns, sides):
     """{stem: [row, ...]} of a csv `name,columns`: pixels of the stored, upright images as shares of their sides.
     sides {stem: (K,)}: for each of the K columns the width or the height of its image."""
     rows = {stem: [] for stem in sides}
-    header = ["name", *columns]
+    if not table.exists():
+        raise InputError(f"{table}: no such file; README.md says what it holds")
     with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
         lines = csv.reader(file, skipinitialspace=True)
-        if [word.strip() for word in next(lines, [])] != header:
-            raise InputError(f"{table}: its first line must be {','.join(header)}; correct it")
+        if next(lines, None) != ["name", *columns]:
+            raise InputError(f"{table}: its first line must be name,{','.join(columns)}; correct it")
         for name, *words in filter(None, lines):
-            place = f"{table}, line {lines.line_num}: {','.join([name, *words])[:60]!r}"
             stem = name if name in sides else Path(name).stem
-            if stem not in sides:
-                raise InputError(f"{place} names no image of this folder; correct it")
             try:
                 row = np.array(words, float)
-            except ValueError:
-                raise InputError(f"{place} holds something that is not a number; correct it") from None
-            if len(row) != len(columns):
-                raise InputError(f"{place} has {len(row)} numbers, not {len(columns)}; correct it")
-            if not ((row >= -1) & (row <= sides[stem])).all():
-                raise InputError(f"{place} has a point that is not inside its image; correct it")
+                if not ((row >= -1) & (row <= sides[stem])).all():
+                    raise ValueError("a point is outside")
+            except (KeyError, ValueError) as error:
+                raise InputError(f"{table}, line {lines.line_num}: {','.join([name, *words])[:60]!r} is not an image "
+                                 f"of this folder and {len(columns)} pixels inside it ({error}); correct it") from None
             rows[stem].append((row + 0.5) / sides[stem])
     return rows
 
 # ---------------------------------------------------------------- what train.py asks for
-def read_idx(folder, name, dimensions):
-    """One of MNIST's files, plain or .gz, as uint8 of that many dimensions."""
-    path = Path(folder) / name
-    if not path.exists():
-        path = Path(folder) / f"{name}.gz"
-    if not path.exists():
-        raise InputError(f"{folder}: no {name}[.gz]; name a folder with MNIST's four files, or add --task hands")
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        magic, *shape = np.frombuffer(content, ">i4", 1 + dimensions).tolist()
-        array = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: damaged ({error}); fetch it again") from None
-    if magic != 0x800 + dimensions:  # 8: unsigned bytes
-        raise InputError(f"{path}: damaged, its first four bytes are those of another kind; fetch it again")
-    return torch.tensor(array)
-
 def load_mnist(folder, split, size):
-    """Images (N, 1, size, size) in [0, 1] and labels (N,) of MNIST's "train" or "t10k"."""
-    images = read_idx(folder, f"{split}-images-idx3-ubyte", 3)
-    labels = read_idx(folder, f"{split}-labels-idx1-ubyte", 1)
+    """Images (N, 1, size, size) in [0, 1] and labels (N,) of MNIST's "train" or "t10k", plain or .gz."""
+    arrays = []
+    for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
+        path = Path(folder) / f"{split}-{kind}-ubyte"
+        path = path if path.exists() else path.with_name(f"{path.name}.gz")
+        if not path.exists():
+            raise InputError(f"{path}: no such file; name MNIST's folder, or add --task hands")
+        try:
+            content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+            magic, *shape = np.frombuffer(content, ">i4", 1 + dimensions).tolist()
+            if magic != 0x800 + dimensions:  # 8: unsigned bytes
+                raise ValueError("its first four bytes are those of another kind")
+            arrays.append(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise InputError(f"{path}: damaged ({error}); fetch it again") from None
+    images, labels = map(torch.tensor, arrays)
     if len(images) == 0 or len(images) != len(labels) or labels.max() > 9:
         raise InputError(f"{folder}: {split} has {len(images)} images, {len(labels)} labels up to "
                          f"{max(labels.tolist(), default=0)}, which must be 0-9; fetch the files again")
@@ -419,29 +397,42 @@ def load_mnist(folder, split, size):
     return images.clamp(0, 1), labels.long()
 
 def load_mnist_m(folder, size):
-    """Images (N, 3, size, size) and labels of MNIST-M: mnist_m_test/ (or _train/) and its _labels.txt."""
-    splits = [folder / name for name in ("mnist_m_test", "mnist_m_train") if (folder / name).is_dir()]
-    split = splits[0] if splits else folder
-    table = split.with_name(f"{split.name}_labels.txt")
-    if not table.exists():
-        raise InputError(f"{folder}: no such folder, or no mnist_m_test/ with mnist_m_test_labels.txt; correct it")
+    """Images (N, 3, size, size) and labels of a split of MNIST-M in a folder: NAME/ and NAME_labels.txt."""
+    tables = sorted(folder.glob("mnist_m_*_labels.txt"))  # test before train
+    if not tables:
+        raise InputError(f"{folder}: no such folder, or no mnist_m_test_labels.txt in it; correct it")
+    split = folder / tables[0].name.removesuffix("_labels.txt")
     files, labels = [], []
-    for number, line in enumerate(table.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for number, line in enumerate(tables[0].read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         name, _, label = line.strip().rpartition(" ")
         if label not in list("0123456789") or not (split / name).is_file():
-            raise InputError(f"{table}, line {number}: {line[:60]!r} is not `name digit` of a file; correct it")
+            raise InputError(f"{tables[0]}, line {number}: {line[:60]!r} is not `name digit` of an image; correct it")
         files.append(split / name)
         labels.append(int(label))
     return read_images(files, (size, size)), torch.tensor(labels)
 
-def first(n, x, y, where):
-    """The first n images and targets."""
+def load_landmarks(folder, size):
+    """Images (N, 3, size, size) and landmarks (N, 34) of a folder with images/ and landmarks.csv."""
+    files = list_images(folder / "images")
+    sides = {}
+    for stem, path in files.items():
+        with opened(path) as image:
+            sides[stem] = np.tile(upright_size(image), 17)
+    rows = read_landmarks(folder / "landmarks.csv", [f"{axis}{i}" for i in range(17) for axis in "xy"], sides)
+    for stem, found in rows.items():
+        if len(found) != 1:
+            raise InputError(f"{files[stem]}: has {len(found)} lines in landmarks.csv, needs one; correct it")
+    y = torch.tensor(np.concatenate(list(rows.values()))).float()
+    return read_images(files.values(), (size, size)), y
+
+def first(n, x, y):
+    """The first n training images and their targets."""
     if n > len(x):
-        raise InputError(f"--train {n}: more than the {len(x)} training images in {where}; ask for fewer")
+        raise InputError(f"--train {n}: there are only {len(x)} training images; ask for fewer")
     return x[:n], y[:n]
 
 def add_unseen(domains, folders, read):
-    """The domains, and those in the user's folders, named after them."""
+    """The domains, and those of the user's folders, named after them."""
     for folder in map(Path, folders):
         name = folder.resolve().name
         if name in domains:
@@ -456,28 +447,11 @@ def load_digits(o):
         x_test, y_test = make_digits(2000, o.size, TEST_SEED)
     else:
         x, y = load_mnist(o.data, "train", o.size)
-        x, y = first(o.train or min(10_000, len(x)), x, y, o.data)
+        x, y = first(o.train or min(10_000, len(x)), x, y)
         x_test, y_test = load_mnist(o.data, "t10k", o.size)
     looks = UNSEEN_LOOKS if o.data == "embedded" and not o.unseen else ()
     domains = {look: (apply_look(look, x_test, seed=7), y_test) for look in ("source", *looks)}
     return apply_look("source", x, 0), y, add_unseen(domains, o.unseen, lambda f: load_mnist_m(f, o.size))
-
-def load_landmarks(folder, size):
-    """Images (N, 3, size, size) and landmarks (N, 34) of a folder with images/ and landmarks.csv."""
-    files = list_images(Path(folder) / "images")
-    table = Path(folder) / "landmarks.csv"
-    if not table.exists():
-        raise InputError(f"{table}: no such file; it holds 17 landmarks of each image, see README.md")
-    sides = {}
-    for stem, path in files.items():
-        with opened(path) as image:
-            sides[stem] = np.tile(upright_size(image), 17)
-    rows = read_landmarks(table, [f"{axis}{i}" for i in range(17) for axis in "xy"], sides)
-    for stem, found in rows.items():
-        if len(found) != 1:
-            raise InputError(f"{files[stem]}: has {len(found)} lines in {table.name}, needs one; correct it")
-    y = torch.tensor(np.concatenate(list(rows.values()))).float()
-    return read_images(list(files.values()), (size, size)), y
 
 def load_hands(o):
     """As load_digits: RGB hands, their landmarks, the domains. Of a folder every tenth image is held out."""
@@ -487,42 +461,39 @@ def load_hands(o):
         test_views, y_test = make_hands(500, o.size, TEST_SEED)
         domains = {name: (view, y_test) for name, view in test_views.items()}
     else:
-        x, y = load_landmarks(o.data, o.size)
+        x, y = load_landmarks(Path(o.data), o.size)
         held_out = torch.arange(len(x)) % 10 == 0
         domains = {"source": (x[held_out], y[held_out])}
-        x, y = x[~held_out], y[~held_out]
-        x, y = first(o.train or len(x), x, y, o.data)
+        x, y = first(o.train or int((~held_out).sum()), x[~held_out], y[~held_out])
     return x, y, add_unseen(domains, o.unseen, lambda folder: load_landmarks(folder, o.size))
 
 def read_pairs(folder, size, modes):
-    """The pairs of a split: A and B of one name, landmarks.csv if there is one. Errors are in pixels at `size`."""
-    height, width = size
-    A, B = list_images(folder / "A"), list_images(folder / "B")
-    for stem in A.keys() ^ B.keys():
-        lonely = A.get(stem) or B.get(stem)
+    """The pairs of a split, A and B of one name, their landmarks in pixels at `size`; and the modes."""
+    files = {"A": list_images(folder / "A"), "B": list_images(folder / "B")}
+    for stem in files["A"].keys() ^ files["B"].keys():
+        lonely = files["A"].get(stem, files["B"].get(stem))
         raise InputError(f"{lonely}: no partner of that name on the other side; add one or remove it")
 
-    sides = {stem: [] for stem in A}
-    found = {"A": "L", "B": "L"}
-    for side, files in (("A", A), ("B", B)):
-        for stem in A:
-            with opened(files[stem]) as image:
-                sides[stem].extend(upright_size(image))
-                if not is_grey(image):
+    sides = {stem: [] for stem in files["A"]}
+    found = {"A": "L", "B": "L"}  # grey, unless one of the files has colours
+    for side in "AB":
+        for stem in sides:
+            with opened(files[side][stem]) as image:
+                sides[stem] += upright_size(image)
+                if image.mode[0] not in "1LIF":
                     found[side] = "RGB"
     modes = modes or found
 
     points = None
     if (folder / "landmarks.csv").exists():
-        sides = {stem: np.array(four) for stem, four in sides.items()}
-        rows = read_landmarks(folder / "landmarks.csv", ["xa", "ya", "xb", "yb"], sides)
-        rows = [np.reshape(row, (-1, 4)) * [width, height, width, height] - 0.5 for row in rows.values()]
-        points = torch.full((len(A), max(map(len, rows)), 4), torch.nan)
-        for i, row in enumerate(rows):
-            points[i, :len(row)] = torch.tensor(row)
-    I_a = read_images(list(A.values()), size, modes["A"])
-    I_b = read_images([B[stem] for stem in A], size, modes["B"])
-    return Pairs(I_a, I_b, points, None), modes
+        columns = ["xa", "ya", "xb", "yb"]
+        rows = read_landmarks(folder / "landmarks.csv", columns, {s: np.array(four) for s, four in sides.items()})
+        most = max(map(len, rows.values()))
+        points = torch.full((len(sides), most, 4), torch.nan)
+        for place, row in zip(points, rows.values()):
+            place[:len(row)] = torch.tensor(np.reshape(row, (-1, 4)) * [*size[::-1], *size[::-1]] - 0.5)
+    A, B = (read_images([files[side][stem] for stem in sides], size, modes[side]) for side in "AB")
+    return Pairs(A, B, points, None), modes
 
 def load_pairs(o, modes=None):
     """{"train": Pairs, "test": Pairs} and the modes {"A": "RGB" or "L", "B": ...}: found, or those of a run."""
@@ -531,11 +502,10 @@ def load_pairs(o, modes=None):
         train = make_plants(o.train, size, 2 * o.seed, o.modality, o.rig)
         test = make_plants(100, size, TEST_SEED, o.modality, o.rig)
         return {"train": train, "test": test}, {"A": "RGB", "B": "L"}
-    folder = Path(o.data)
-    train, modes = read_pairs(folder / "train", size, modes)
-    test = train  # for want of another
-    if (folder / "test").is_dir():
-        test, _ = read_pairs(folder / "test", size, modes)
+    train, modes = read_pairs(Path(o.data) / "train", size, modes)
+    test = train  # for want of others
+    if (Path(o.data) / "test").is_dir():
+        test, _ = read_pairs(Path(o.data) / "test", size, modes)
     return {"train": train, "test": test}, modes
 
 def augment(I_a, I_b, crop, gen):
@@ -544,8 +514,7 @@ def augment(I_a, I_b, crop, gen):
     crop: share of the sides that may be cut off; a fifth of it is the bend of the field."""
     n, _, height, width = I_a.shape
     flip = torch.rand(n, 1, 1, 1, generator=gen, device=gen.device) < 0.5
-    I_a = torch.where(flip, I_a.flip(3), I_a)
-    I_b = torch.where(flip, I_b.flip(3), I_b)
+    I_a, I_b = torch.where(flip, I_a.flip(3), I_a), torch.where(flip, I_b.flip(3), I_b)
     if crop > 0:
         cut = crop * torch.rand(n, 1, 1, 1, generator=gen, device=gen.device)
         centre = torch.rand(n, 2, 1, 1, generator=gen, device=gen.device)

@@ -28,9 +28,14 @@ def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
     layer.weight.data *= scale
     return layer
 
-def instance_norm(channels):
-    """InstanceNorm, as groups of one channel each: nn.InstanceNorm2d would copy out of channels_last and back."""
-    return nn.GroupNorm(channels, channels, affine=False)
+class InstanceNorm(nn.Module):
+    """Each channel of each image with mean 0 and deviation 1."""
+
+    def forward(self, x):
+        if x.is_cuda:
+            return nnf.instance_norm(x)
+        # On a CPU that copies out of channels_last and back. BatchNorm does not, and of one image it is the same.
+        return torch.cat([nnf.batch_norm(image, None, None, training=True) for image in x.split(1)])
 
 def conv_relu(c_in, c_out, kernel=3, stride=1):
     return nn.Sequential(conv(c_in, c_out, kernel, stride), nn.LeakyReLU(SLOPE))
@@ -38,20 +43,20 @@ def conv_relu(c_in, c_out, kernel=3, stride=1):
 def conv_norm_relu(c_in, c_out, kernel=3, stride=1):
     """The norm takes the mean away, and with it any bias."""
     layer = conv(c_in, c_out, kernel, stride, bias=False)
-    return nn.Sequential(layer, instance_norm(c_out), nn.LeakyReLU(SLOPE))
+    return nn.Sequential(layer, InstanceNorm(), nn.LeakyReLU(SLOPE))
 
 def up_norm_relu(c_in, c_out):
     """A transposed convolution that doubles the size, as in CycleGAN's generator."""
     layer = nn.ConvTranspose2d(c_in, c_out, 3, stride=2, padding=1, output_padding=1, bias=False)
     nn.init.kaiming_normal_(layer.weight, a=SLOPE)
-    return nn.Sequential(layer, instance_norm(c_out), nn.LeakyReLU(SLOPE))
+    return nn.Sequential(layer, InstanceNorm(), nn.LeakyReLU(SLOPE))
 
 class Residual(nn.Module):
     """x + f(x), f two convolutions with InstanceNorm."""
 
     def __init__(self, w):
         super().__init__()
-        self.f = nn.Sequential(conv_norm_relu(w, w), conv(w, w, bias=False), instance_norm(w))
+        self.f = nn.Sequential(conv_norm_relu(w, w), conv(w, w, bias=False), InstanceNorm())
 
     def forward(self, x):
         return x + self.f(x)
@@ -176,7 +181,9 @@ def adversarial(logits, real):
     return nnf.softplus(-logits if real else logits).mean()
 
 def local_mean(I, window):
-    return nnf.avg_pool2d(I, window, stride=1, padding=window // 2, count_include_pad=False)
+    """The mean over windows around each pixel. (B C, H, W), as a single channel in channels_last is slow."""
+    planes = I.flatten(0, 1)
+    return nnf.avg_pool2d(planes, window, stride=1, padding=window // 2, count_include_pad=False).view(I.shape)
 
 def local_moments(I, J, window):
     """Means, variances and covariance of I and J over windows around each pixel."""

@@ -212,7 +212,9 @@ def train_reg(o, checkpoint):
         opt_RT.step()
         lr_RT.step()
         lr_D.step()
-        run.log(losses, lambda: evaluation.watch(R, pairs["train"], run.folder))
+        run.log(losses, lambda: evaluation.watch(R, pairs["train"]))
+        if rank == 0 and step % max(1, o.steps // 10) == 0:
+            evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
 
     run.finish(lambda: evaluation.evaluate_reg(R, pairs, run.folder))
 
@@ -250,7 +252,7 @@ def train_R_alone(o, checkpoint):
         clip_grad_norm_(R.parameters(), 10.0)
         optimizer.step()
         scheduler.step()
-        run.log({"recon": recon, "smooth": smooth}, lambda: evaluation.watch(R, pairs["train"], run.folder))
+        run.log({"recon": recon, "smooth": smooth}, lambda: evaluation.watch(R, pairs["train"]))
 
     run.finish(lambda: evaluation.evaluate_reg(R, pairs, run.folder))
 
