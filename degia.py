@@ -9,15 +9,17 @@
     min phase, eq. (5):  l = l_task(M(x), y) - log p_X(x, c)
     max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ] }
 
-What balances what: -log p is divided by D, as thousands of nats would drown l_task, which is of order 1. d and the
-feature distance are means per dimension too, of the same order. In (7), -log p per dimension grows like half of the
-distance of z from its mean; alpha d holds it back twice as strongly if alpha = 1, and not at all below 1/2.
+What balances what: l_task is of order 1. So -log p, thousands of nats, is divided by D; d and the feature
+distance are means per dimension too. In (7), -log p / D pushes z off its mean: at deviations of 1, by half
+of the squared distance. alpha d holds back what the images share of it, and is too weak for alpha below 1/2.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
 
 from flows import Flow, gaussian_w2
+
+POSES = 8  # the classes of hands: clusters of their landmarks
 
 # ---------------------------------------------------------------- backbones; w is their width
 def conv(c_in, c_out, kernel=3, stride=1):
@@ -34,16 +36,14 @@ def full_layers(channels, side, width):
     return nn.Sequential(
         nn.AdaptiveAvgPool2d(side), nn.Flatten(),
         nn.Linear(channels * side ** 2, width), nn.ReLU(),
-        nn.Linear(width, width), nn.ReLU(),
-    )
+        nn.Linear(width, width), nn.ReLU())
 
 def lenet(w):
     """Two 5x5 convolutions; w = 64 at 32x32 is the digit network of ADA, M-ADA and RandConv."""
     return nn.Sequential(
         nn.Conv2d(3, w, 5), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(w, 2 * w, 5), nn.ReLU(), nn.MaxPool2d(2),
-        full_layers(2 * w, 5, 16 * w),
-    )
+        full_layers(2 * w, 5, 16 * w))
 
 def alexnet(w):
     """A large first kernel with a stride, overlapping pools."""
@@ -52,23 +52,18 @@ def alexnet(w):
         conv(3, w, 11, stride=2), pool,
         conv(w, 3 * w, 5), pool,
         conv(3 * w, 6 * w), conv(6 * w, 4 * w), conv(4 * w, 4 * w), pool,
-        full_layers(4 * w, 4, 16 * w),
-    )
+        full_layers(4 * w, 4, 16 * w))
 
 def vgg(w):
     """Stacks of 3x3 convolutions: VGG-11 without its last stack."""
     pool = nn.MaxPool2d(2)
-    return nn.Sequential(
-        conv(3, w), pool,
-        conv(w, 2 * w), pool,
-        conv(2 * w, 4 * w), conv(4 * w, 4 * w), pool,
-        conv(4 * w, 8 * w), conv(8 * w, 8 * w), pool,
-        full_layers(8 * w, 4, 16 * w),
-    )
+    layers = [conv(3, w), pool, conv(w, 2 * w), pool]
+    for c_in, c_out in ((2 * w, 4 * w), (4 * w, 8 * w)):
+        layers += [conv(c_in, c_out), conv(c_out, c_out), pool]
+    return nn.Sequential(*layers, full_layers(8 * w, 4, 16 * w))
 
 class Residual(nn.Module):
     """The basic block of ResNet: relu(f(x) + skip(x))."""
-
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.f = nn.Sequential(conv_norm(c_in, c_out, 3, stride), nn.ReLU(), conv_norm(c_out, c_out))
@@ -86,7 +81,6 @@ def resnet(w):
 
 class DenseLayer(nn.Module):
     """The layer of DenseNet: x, and w new channels f(x), side by side."""
-
     def __init__(self, c_in, w):
         super().__init__()
         self.f = nn.Sequential(conv_norm(c_in, 4 * w, 1), nn.ReLU(), conv_norm(4 * w, w), nn.ReLU())
@@ -106,7 +100,6 @@ BACKBONES = {"lenet": lenet, "alexnet": alexnet, "vgg": vgg, "resnet": resnet, "
 
 class TaskNetwork(nn.Module):
     """M: a backbone, whose output is the template feature, and a last full layer."""
-
     def __init__(self, backbone, width, size, outputs):
         super().__init__()
         self.backbone = BACKBONES[backbone](width)
@@ -120,58 +113,57 @@ class TaskNetwork(nn.Module):
         return self.mean_pose + self.head(feature), feature
 
 def build(o, y=None):
-    """M and F of the options o, untrained; F is None if the method has none. y: the training targets, from which
-    hands get the mean pose and the poses that are F's classes; a checkpoint has both."""
-    outputs = classes = 10
-    if o.task == "hands":
-        outputs, classes = 34, o.classes
-    M, F = TaskNetwork(o.backbone, o.M_width, o.size, outputs), None
+    """M and F of the options o, untrained; F is None if the method has none. Training targets y give hands
+    the mean pose and the poses that are F's classes; a checkpoint has both."""
+    outputs, classes = (34, POSES) if o.task == "hands" else (10, 10)
+    M = TaskNetwork(o.backbone, o.M_width, o.size, outputs)
+    F = None
     if o.method == "degia":
         F = Flow(o.flow_channels, o.flow_size, classes, steps=o.flow_steps, lam=o.lam)
         F.register_buffer("poses", torch.zeros(classes, 34))
     if o.task == "hands" and y is not None:
         M.mean_pose.copy_(y.mean(0))
         if F is not None:
-            F.poses.copy_(k_means(y, classes))
+            F.poses.copy_(k_means(y, POSES))
     return M, F
 
 # ---------------------------------------------------------------- the two objectives
 def task_loss(output, y):
-    """l_task of each image (B,): squared error of landmarks y (B, 34), eq. (1), or cross-entropy of digits."""
+    """l_task (B,): squared error of landmarks y (B, 34), eq. (1), per coordinate; cross-entropy of digits."""
     if y.is_floating_point():
         return (output.float() - y).square().mean(1)
     return nnf.cross_entropy(output.float(), y, reduction="none")
 
 def flow_view(x, shape):
-    """What F sees of x: averaged down to shape (C, S, S), so that the ascent paints regions instead of noise."""
+    """What F sees of x: averaged down to shape (C, S, S), so the ascent paints regions instead of noise."""
     channels, size, _ = shape
     if channels == 1:
         x = x.mean(1, keepdim=True)
     return nnf.adaptive_avg_pool2d(x.float(), size)
 
-def max_objective(x, y, c, M, F, feature_src, u, shift, alpha, density):
-    """Eq. (7), summed over images x of ONE class c (B,): P_x and P_src are those of a class.
+def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
+    """Eq. (7), its bracket multiplied out, summed over images x of ONE class c (B,), as P_x and P_src are.
 
-    feature_src (B, K) is the template feature of x_src; u and shift, as in Flow.log_prob, stay the same during an
-    ascent, or the objective would change under it; d is taken without the shift. density: weight of -log p.
-    Without F, -log p and d drop out: what is left is adversarial data augmentation (ADA).
+    feature_src (B, K) is the template feature of x_src. u and shift, as in Flow.log_prob, must stay the same
+    during an ascent, or the objective would change under it; d is taken without the shift.
     """
     output, feature = M(x)
-    objective = task_loss(output, y) - alpha * (feature.float() - feature_src).square().mean(1)
-    if F is not None:
-        z, log_det = F(flow_view(x, F.shape), u)
-        log_p = F.prior.log_prob(z, c, shift) + log_det
-        std = z.var(0, correction=0).add(1e-8).sqrt()  # the summand: finite gradient for a single image
-        d = gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))
-        objective = objective - density * log_p / F.dim - alpha * d
-    return objective.sum()
+    l_task = task_loss(output, y)
+    feature_distance = (feature.float() - feature_src).square().mean(1)
+    if F is None:
+        return (l_task - alpha * feature_distance).sum()  # adversarial data augmentation (ADA)
+    z, log_det = F(flow_view(x, F.shape), u)
+    log_p = F.prior.log_prob(z, c, shift) + log_det
+    std = z.var(0, correction=0).add(1e-8).sqrt()  # the summand: finite gradient for a single image
+    d = gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))
+    return (l_task - alpha * feature_distance - log_p / F.dim - alpha * d).sum()
 
 def ascend(x_src, objective, K, eta, blur):
-    """K steps x <- clamp(x + eta g / rms(g)) from x_src, g the gradient d objective / dx after a blur x blur mean.
+    """K steps x <- clamp(x + eta g / rms(g)) from x_src; g is d objective / dx after a blur x blur mean.
 
-    The root mean square is that of each image: eta, a number or (B, 1, 1, 1), is in units of the image, while a
-    raw gradient would change nothing or everything. `autograd.grad` asks for the gradient of x alone: no
-    parameter of M or F collects one that the next min step would then use.
+    rms is that of each image: eta, a number or (B, 1, 1, 1), is in units of the image, where a raw gradient
+    would change nothing or everything. `autograd.grad` asks for the gradient of x alone: no parameter of M or
+    F collects one that the next min step would then use.
     """
     x = x_src.detach()
     for _ in range(K):
@@ -184,19 +176,17 @@ def ascend(x_src, objective, K, eta, blur):
 
 # ---------------------------------------------------------------- the classes that F is conditioned on
 def classes_of(y, F):
-    """The class c of each target: a digit itself, of landmarks the nearest of F's poses; without F all are one."""
+    """The class c of each target: a digit itself, of landmarks the nearest of F's poses; 0 without F."""
     if F is None:
         return torch.zeros(len(y), dtype=torch.int64, device=y.device)
-    if y.is_floating_point():
-        return torch.cdist(y, F.poses.to(y)).argmin(1)
-    return y
+    return torch.cdist(y, F.poses.to(y)).argmin(1) if y.is_floating_point() else y
 
 def k_means(y, k):
     """k centres (k, 34) of poses y (N, 34); to start with, each is the pose farthest from those before it."""
     centres = y[:1]
     for _ in range(k - 1):
         farthest = torch.cdist(y, centres).amin(1).argmax()
-        centres = torch.cat([centres, y[farthest][None]])
+        centres = torch.cat([centres, y[farthest, None]])
     for _ in range(20):
         nearest = torch.cdist(y, centres).argmin(1)
         for i in range(k):

@@ -2,7 +2,7 @@
 
     x    image (B, C, S, S) in [0, 1], S a multiple of 4
     u    dequantization noise (B, C, S, S), U[0, 1): y = (255 x + u) / 256 has a density, x has not
-    z    latent code (B, D), z = F(x), D = C S^2: the parts that all scales leave behind, side by side
+    z    latent code (B, D), z = F(x), D = C S^2: the parts that all levels leave behind, side by side
     c    class (B,), int64
     n    noise (B, NOISE_DIM), N(0, I), of the random shift of the prior's mean
 
@@ -20,14 +20,17 @@ SEEN_BOUND = 5.0  # of what a coupling's network sees, which is of order 1: see 
 LOG_STD_MIDDLE, LOG_STD_RADIUS = -0.75, 1.25  # the prior's log-deviation stays within [-2, .5]: see Prior
 NOISE_DIM = 16
 
+def bounded(x, bound):
+    """x, smoothly held within [-bound, bound]: a clamp would have no gradient beyond its bounds."""
+    return bound * torch.tanh(x / bound)
+
 class ActNorm(nn.Module):
     """y = exp(log_scale) (x - shift), per channel: `Flow.initialise` gives y mean 0 and deviation 1."""
-
     def __init__(self, channels):
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.register_buffer("is_set", torch.tensor(False))  # a buffer, so that a reloaded layer stays as it is
+        self.register_buffer("is_set", torch.tensor(False))  # a buffer: a reloaded layer stays as it is
 
     def initialise(self, x):
         if not self.is_set:
@@ -36,48 +39,42 @@ class ActNorm(nn.Module):
             self.is_set.fill_(True)
 
     def forward(self, x):
-        height, width = x.shape[2:]
-        return self.log_scale.exp() * (x - self.shift), height * width * self.log_scale.sum()
+        y = torch.exp(self.log_scale) * (x - self.shift)
+        return y, x[0, 0].numel() * self.log_scale.sum()
 
     def inverse(self, y):
         return torch.exp(-self.log_scale) * y + self.shift
 
 class Invertible1x1(nn.Module):
     """y = W x at every pixel: a learned permutation of channels. W starts as a random rotation."""
-
     def __init__(self, channels):
         super().__init__()
-        rotation, _ = torch.linalg.qr(torch.randn(channels, channels))
-        self.weight = nn.Parameter(rotation.contiguous())
+        self.weight = nn.Parameter(torch.linalg.qr(torch.randn(channels, channels)).Q.contiguous())
 
     def forward(self, x):
-        height, width = x.shape[2:]
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round z itself
             y = torch.einsum("ij,bjhw->bihw", self.weight, x)
-        return y, height * width * torch.linalg.slogdet(self.weight).logabsdet
+        return y, x[0, 0].numel() * torch.linalg.slogdet(self.weight).logabsdet
 
     def inverse(self, y):
         return torch.einsum("ij,bjhw->bihw", self.weight.inverse(), y)
 
 class AffineCoupling(nn.Module):
     """y_a = x_a,  y_b = exp(s(x_a)) x_b + t(x_a);  log |det| = sum of s. The next 1x1 mixes the halves."""
-
     def __init__(self, channels, hidden):
         super().__init__()
         self.net = nn.Sequential(
             nn.Conv2d(channels // 2, hidden, 3, padding=1), nn.ReLU(),
             nn.Conv2d(hidden, hidden, 1), nn.ReLU(),
-            nn.Conv2d(hidden, channels, 3, padding=1),
-        )
+            nn.Conv2d(hidden, channels, 3, padding=1))
         nn.init.zeros_(self.net[-1].weight)  # the coupling starts as the identity
         nn.init.zeros_(self.net[-1].bias)
 
     def scale_and_shift(self, x_a):
         """s and t. Both are bounded in what they see, s also in its value: one odd pixel would otherwise grow
         from coupling to coupling, to thousands of bits for an image that no training image resembles."""
-        seen = SEEN_BOUND * torch.tanh(x_a / SEEN_BOUND)
-        s, t = self.net(seen).to(x_a.dtype).chunk(2, dim=1)
-        return SCALE_BOUND * torch.tanh(s / SCALE_BOUND), t
+        s, t = self.net(bounded(x_a, SEEN_BOUND)).to(x_a.dtype).chunk(2, dim=1)
+        return bounded(s, SCALE_BOUND), t
 
     def forward(self, x):
         x_a, x_b = x.chunk(2, dim=1)
@@ -94,12 +91,11 @@ class AffineCoupling(nn.Module):
 class Prior(nn.Module):
     """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = gamma G_m(c) + lambda H_m(n), Sigma_c = G_std(c)^2, diagonal.
 
-    G_m and G_std are learned tables, a row per class. H_m is a small network of noise n: the mean moves about, so
-    that the density covers more than the images seen. Likelihood alone would undo that in two ways. It would
-    shrink H_m to nothing: so its output is standardized. And F could spread z so far that a shift of lambda no
-    longer matters: so the deviation is bounded, smoothly, as a clamp has no gradient beyond its bounds.
+    G_m and G_std are learned tables, a row per class; H_m is a small network of noise, which moves the mean
+    about: the density covers more than the images seen. Likelihood alone would undo that. It would shrink H_m
+    to nothing: so its output is standardized. Or F could spread z until a shift of lambda no longer matters:
+    so the deviation is bounded.
     """
-
     def __init__(self, dim, classes, gamma=1.0, lam=0.1):
         super().__init__()
         self.gamma, self.lam = gamma, lam
@@ -108,23 +104,20 @@ class Prior(nn.Module):
         self.H_m = nn.Sequential(nn.Linear(NOISE_DIM, 64), nn.Tanh(), nn.Linear(64, dim, bias=False))
         nn.init.normal_(self.G_m.weight, std=0.1)
         nn.init.zeros_(self.log_G_std.weight)
-        probe = torch.randn(256, NOISE_DIM, generator=torch.Generator().manual_seed(0))
-        self.register_buffer("probe", probe)  # noise that H_m is standardized over
+        self.register_buffer("probe", torch.randn(256, NOISE_DIM, generator=torch.Generator().manual_seed(0)))
 
     def mean(self, c):
-        """gamma G_m(c): (B, D)."""
-        return self.gamma * self.G_m(c)
+        return self.gamma * self.G_m(c)  # (B, D), without the shift
 
     def std(self, c):
-        """G_std(c): (B, D)."""
-        free = self.log_G_std(c)
-        return torch.exp(LOG_STD_MIDDLE + LOG_STD_RADIUS * torch.tanh((free - LOG_STD_MIDDLE) / LOG_STD_RADIUS))
+        log_std = LOG_STD_MIDDLE + bounded(self.log_G_std(c) - LOG_STD_MIDDLE, LOG_STD_RADIUS)
+        return torch.exp(log_std)  # (B, D)
 
     def shift(self, n):
-        """lambda H_m(n) (B, D), H_m with mean 0 and root mean square 1 over the probe: an image's shift depends
-        on its own n alone, not on the batch."""
+        """lambda H_m(n) (B, D), H_m with mean 0 and root mean square 1 over the fixed noise `probe`: over the
+        batch, an image's shift would depend on the others."""
         with torch.autocast(n.device.type, enabled=False):
-            h, probe = self.H_m(n), self.H_m(self.probe.to(n.dtype))
+            h, probe = self.H_m(n), self.H_m(self.probe)
         centre = probe.mean(0)
         rms = (probe - centre).square().mean().add(1e-8).sqrt()
         return self.lam * (h - centre) / rms
@@ -135,8 +128,7 @@ class Prior(nn.Module):
         return normal.log_prob(z).sum(1)  # validation would wait for a GPU
 
 class Flow(nn.Module):
-    """F: squeezed logit; then at each level squeeze, `steps` x (ActNorm, 1x1, coupling), leave half behind."""
-
+    """F: squeezed logit; at each level squeeze, `steps` x (ActNorm, 1x1, coupling), leave half behind."""
     def __init__(self, channels, size, classes, levels=2, steps=4, gamma=1.0, lam=0.1, hidden=64):
         super().__init__()
         self.shape = (channels, size, size)
@@ -145,10 +137,10 @@ class Flow(nn.Module):
         self.latent_shapes = []  # of the part of z that each level leaves behind; the last level leaves all
         for level in range(levels):
             channels, size = 4 * channels, size // 2  # squeeze
-            layers = nn.ModuleList()
+            self.levels.append(nn.ModuleList())
             for _ in range(steps):
-                layers += [ActNorm(channels), Invertible1x1(channels), AffineCoupling(channels, hidden)]
-            self.levels.append(layers)
+                step = [ActNorm(channels), Invertible1x1(channels), AffineCoupling(channels, hidden)]
+                self.levels[-1].extend(step)
             if level < levels - 1:
                 channels = channels // 2
             self.latent_shapes.append((channels, size, size))
@@ -169,14 +161,14 @@ class Flow(nn.Module):
                 log_det = log_det + change
             if layers is not self.levels[-1]:
                 h, part = h.chunk(2, dim=1)  # the last coupling has normalized `part` given h
-                parts.append(part.flatten(1))
-        parts.append(h.flatten(1))
-        return torch.cat(parts, dim=1), log_det
+                parts.append(part)
+        parts.append(h)
+        return torch.cat([part.flatten(1) for part in parts], dim=1), log_det
 
     def inverse(self, z):
         """y = (255 x + u) / 256 (B, C, S, S) of the x and u with F(x, u) = z: forward, mirrored."""
         lengths = [math.prod(shape) for shape in self.latent_shapes]
-        parts = [p.unflatten(1, shape) for p, shape in zip(z.split(lengths, dim=1), self.latent_shapes)]
+        parts = [part.unflatten(1, shape) for part, shape in zip(z.split(lengths, 1), self.latent_shapes)]
         h = parts.pop()
         with torch.autocast(z.device.type, enabled=False):
             for layers in reversed(self.levels):
@@ -189,7 +181,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def initialise(self, x, u):
-        """Let every ActNorm that was not set before set itself from a batch, each from what those before it make."""
+        """Each ActNorm that is not set yet sets itself from a batch, as the layers before it pass it on."""
         self(x, u, initialise=True)
 
     def log_prob(self, x, c, u, shift=0.0):
@@ -199,16 +191,16 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample(self, c, generator=None):
-        """Images (B, C, S, S) in {0, 1/255, ..., 1} of classes c: z ~ N(mu_c, Sigma_c), x = floor(256 y) / 255."""
+        """8-bit images (B, C, S, S) of classes c: z ~ N(mu_c, Sigma_c), x = floor(256 y) / 255."""
         n = torch.randn(len(c), NOISE_DIM, generator=generator, device=c.device)
         noise = torch.randn(len(c), self.dim, generator=generator, device=c.device)
         z = self.prior.mean(c) + self.prior.shift(n) + self.prior.std(c) * noise
         return (256 * self.inverse(z)).floor().clamp(0, 255) / 255
 
 def bits_per_dim(log_prob, dim):
-    """Bits per dimension of the 8-bit image from nats of the dequantized one, which has 256 levels per unit."""
+    """Bits per dimension of the 8-bit image, from nats of y: 256 levels are 8 bits, counted once."""
     return 8 - log_prob / (dim * math.log(2))
 
 def gaussian_w2(mean_1, std_1, mean_2, std_2):
-    """Squared 2-Wasserstein distance of diagonal Gaussians, per dimension: mean of (m1 - m2)^2 + (s1 - s2)^2."""
+    """Squared 2-Wasserstein distance of two diagonal Gaussians, per dimension."""
     return ((mean_1 - mean_2).square() + (std_1 - std_2).square()).mean()

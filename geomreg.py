@@ -8,9 +8,8 @@
     O_RT = R_S(T(I_a), phi)   translate first
     O_TR = T(R_S(I_a, phi))   register first
 
-Both orders share one phi. Had T moved something, phi would have to undo it, where T is applied last as well as
-where phi is, and no one phi does both: so T is forced to keep geometry, and R does all of the moving. The step
-that trains them stands in train.py.
+Both orders share one phi. Had T moved something, phi would have to undo it both where T is applied last and
+where phi is, and no one phi does both: so T is forced to keep geometry, and R does all of the moving.
 """
 import torch
 import torch.nn as nn
@@ -22,7 +21,7 @@ SLOPE = 0.2  # of all leaky ReLUs, and in Kaiming's initial weights
 
 # ---------------------------------------------------------------- layers; w is a width
 def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
-    """A convolution that keeps the size, or divides it by the stride; Kaiming's initial weights, times scale."""
+    """A convolution that keeps the size, or divides it by the stride; Kaiming's weights, times scale."""
     layer = nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=bias)
     nn.init.kaiming_normal_(layer.weight, a=SLOPE)
     layer.weight.data *= scale
@@ -30,11 +29,10 @@ def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
 
 class InstanceNorm(nn.Module):
     """Each channel of each image with mean 0 and deviation 1."""
-
     def forward(self, x):
         if x.is_cuda:
             return nnf.instance_norm(x)
-        # On a CPU that copies out of channels_last and back. BatchNorm does not, and of one image it is the same.
+        # On a CPU that copies out of channels_last and back; batch_norm does not, the same for one image.
         return torch.cat([nnf.batch_norm(image, None, None, training=True) for image in x.split(1)])
 
 def conv_relu(c_in, c_out, kernel=3, stride=1):
@@ -53,7 +51,6 @@ def up_norm_relu(c_in, c_out):
 
 class Residual(nn.Module):
     """x + f(x), f two convolutions with InstanceNorm."""
-
     def __init__(self, w):
         super().__init__()
         self.f = nn.Sequential(conv_norm_relu(w, w), conv(w, w, bias=False), InstanceNorm())
@@ -69,14 +66,11 @@ def pad(I, multiple):
 # ---------------------------------------------------------------- networks; a, b: channels of A and B
 class UNet(nn.Module):
     """R of the paper: a U-Net with residual blocks on the way down and before the output."""
-
     def __init__(self, a, b, w):
         super().__init__()
-        widths = (w, 2 * w, 4 * w, 4 * w, 4 * w)
         self.first = conv_relu(a + b, w)
-        self.down = nn.ModuleList()
-        self.up = nn.ModuleList()
-        for c_in, c_out in zip(widths, widths[1:]):
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        for c_in, c_out in ((w, 2 * w), (2 * w, 4 * w), (4 * w, 4 * w), (4 * w, 4 * w)):
             self.down.append(nn.Sequential(conv_relu(c_in, c_out, stride=2), Residual(c_out)))
             self.up.insert(0, conv_relu(c_out + c_in, c_in))
         self.last = nn.Sequential(Residual(w), Residual(w), conv(w, 2, scale=0.1))  # phi starts near 0
@@ -94,24 +88,19 @@ class UNet(nn.Module):
         return self.last(x)[..., :height, :width].float()
 
 class Pyramid(nn.Module):
-    """R from coarse to fine: warp A's features by phi, compare them with B's, correct phi; twice a level.
-
-    Features are made at 1/2, 1/4 and 1/8 of the image; phi is corrected at 1/8 and at 1/4, no finer, which keeps
-    it smooth.
-    """
-
+    """R from coarse to fine: warp A's features by phi, compare them with B's, correct phi; twice at 1/8 of
+    the size, twice at 1/4, and no finer, which keeps phi smooth."""
     def __init__(self, a, b, w):
         super().__init__()
-        self.encode_a = self.encoder(a, w)
-        self.encode_b = self.encoder(b, w)
-        self.correct = nn.ModuleList()
-        for _ in range(2):
-            layers = conv_relu(2 * w + 2, 2 * w), conv_relu(2 * w, w), conv(w, 2, scale=0.1)  # phi starts near 0
-            self.correct.append(nn.Sequential(*layers))
+        self.encode_a = nn.ModuleList(self.encoder(c_in, w) for c_in in (a, w, w))
+        self.encode_b = nn.ModuleList(self.encoder(c_in, w) for c_in in (b, w, w))
+        self.correct = nn.ModuleList(self.corrector(w) for _ in range(2))
 
-    def encoder(self, channels, w):
-        steps = [nn.Sequential(conv_relu(c_in, w, stride=2), conv_relu(w, w)) for c_in in (channels, w, w)]
-        return nn.ModuleList(steps)
+    def encoder(self, c_in, w):
+        return nn.Sequential(conv_relu(c_in, w, stride=2), conv_relu(w, w))
+
+    def corrector(self, w):  # phi starts near 0
+        return nn.Sequential(conv_relu(2 * w + 2, 2 * w), conv_relu(2 * w, w), conv(w, 2, scale=0.1))
 
     def forward(self, I_a, I_b):
         height, width = I_a.shape[2:]
@@ -132,19 +121,16 @@ class Pyramid(nn.Module):
 class Translator(nn.Module):
     """T: two halvings, residual blocks, two doublings, tanh: the CycleGAN generator. Without blocks it is two
     3x3 convolutions, which can hardly move anything."""
-
     def __init__(self, a, b, w, blocks):
         super().__init__()
         if blocks == 0:
             self.net = nn.Sequential(conv_relu(a, w), conv(w, b))
-        else:
-            self.net = nn.Sequential(
-                conv_relu(a, w, 7),
-                conv_norm_relu(w, 2 * w, stride=2), conv_norm_relu(2 * w, 4 * w, stride=2),
-                *[Residual(4 * w) for _ in range(blocks)],
-                up_norm_relu(4 * w, 2 * w), up_norm_relu(2 * w, w),
-                conv(w, b, 7),
-            )
+            return
+        self.net = nn.Sequential(
+            conv_relu(a, w, 7),
+            conv_norm_relu(w, 2 * w, stride=2), conv_norm_relu(2 * w, 4 * w, stride=2),
+            *[Residual(4 * w) for _ in range(blocks)],
+            up_norm_relu(4 * w, 2 * w), up_norm_relu(2 * w, w), conv(w, b, 7))
 
     def forward(self, I_a):
         height, width = I_a.shape[2:]
@@ -152,16 +138,12 @@ class Translator(nn.Module):
 
 class Discriminator(nn.Module):
     """D, that of pix2pix: a logit for each patch of I_a beside I_b or a fake."""
-
     def __init__(self, a, b, w):
         super().__init__()
         self.net = nn.Sequential(
-            conv_relu(a + b, w, 4, stride=2),
-            conv_norm_relu(w, 2 * w, 4, stride=2),
+            conv_relu(a + b, w, 4, stride=2), conv_norm_relu(w, 2 * w, 4, stride=2),
             conv_norm_relu(2 * w, 4 * w, 4, stride=2),
-            conv_norm_relu(4 * w, 8 * w, 4),
-            conv(8 * w, 1, 4),
-        )
+            conv_norm_relu(4 * w, 8 * w, 4), conv(8 * w, 1, 4))
 
     def forward(self, I_a, I):
         return self.net(pad(torch.cat([I_a, I], dim=1), 32)).float()
@@ -176,14 +158,15 @@ def build(o, a, b):
 
 # ---------------------------------------------------------------- losses
 def adversarial(logits, real):
-    """A term of eq. (5): binary cross-entropy of D's logits with "real" or "fake". R and T ask for "real" instead of
-    minimizing what D maximizes: a D that is sure would give them no gradient."""
+    """A term of eq. (5), negated: -log D if `real`, else -log(1 - D), D = sigmoid(logits). R and T want their
+    fakes called real: minimizing what D maximizes would give no gradient from a D that is sure."""
     return nnf.softplus(-logits if real else logits).mean()
 
 def local_mean(I, window):
-    """The mean over windows around each pixel. (B C, H, W), as a single channel in channels_last is slow."""
+    """The mean over windows around each pixel, of (B C, H, W): one channel in channels_last is slow."""
     planes = I.flatten(0, 1)
-    return nnf.avg_pool2d(planes, window, stride=1, padding=window // 2, count_include_pad=False).view(I.shape)
+    means = nnf.avg_pool2d(planes, window, stride=1, padding=window // 2, count_include_pad=False)
+    return means.view(I.shape)
 
 def local_moments(I, J, window):
     """Means, variances and covariance of I and J over windows around each pixel."""
@@ -194,7 +177,7 @@ def local_moments(I, J, window):
     return mean_i, mean_j, var_i, var_j, cov
 
 def correlation(I, J, window):
-    """Local correlation at every pixel, in [-1, 1]; nearly 0 where one is flat: its deviation is below 0.1."""
+    """Local correlation at every pixel, in [-1, 1]; nearly 0 where one is flat, its deviation below 0.1."""
     _, _, var_i, var_j, cov = local_moments(I, J, window)
     return cov / ((var_i + 0.01) * (var_j + 0.01)).sqrt()
 
@@ -209,13 +192,17 @@ def edges(I):
     grey = nnf.pad(local_mean(I.mean(1, keepdim=True), 5), (1, 1, 1, 1), mode="replicate")
     rows = grey[:, :, :-2] + 2 * grey[:, :, 1:-1] + grey[:, :, 2:]
     columns = grey[..., :-2] + 2 * grey[..., 1:-1] + grey[..., 2:]
-    gradient = torch.cat([rows[..., 2:] - rows[..., :-2], columns[:, :, 2:] - columns[:, :, :-2]], dim=1) / 8
-    return 4 * warp.norm(gradient)[:, None] - 1
+    d_x = rows[..., 2:] - rows[..., :-2]
+    d_y = columns[:, :, 2:] - columns[:, :, :-2]
+    gradient = torch.cat([d_x, d_y], dim=1) / 8  # per pixel: Sobel's weights sum to 8
+    return 4 * warp.norm(gradient)[:, None] - 1  # a step from -1 to 1 becomes .6
 
 MEASURES = ("l1", "correlation", "ncc", "ncc-edges", "ssim-edges")
 
 def mismatch(measure, I, J, window):
-    """How little I and J match at each pixel. Squared where one modality may invert the contrast of the other."""
+    """How little I and J match at each pixel; squared where A may show the contrasts of B inverted."""
+    if measure not in MEASURES:
+        raise ValueError(f"{measure} is not in {MEASURES}")
     if measure == "l1":
         return (I - J).abs()
     if measure == "correlation":
@@ -224,16 +211,12 @@ def mismatch(measure, I, J, window):
         return 1 - correlation(I.mean(1, keepdim=True), J.mean(1, keepdim=True), window) ** 2
     if measure == "ncc-edges":
         return 1 - correlation(edges(I), edges(J), window) ** 2
-    if measure == "ssim-edges":
-        return 1 - ssim(edges(I), edges(J), window)
-    raise ValueError(f"{measure} is not in {MEASURES}")
+    return 1 - ssim(edges(I), edges(J), window)
 
 def distance(measure, I, J, window, scales):
-    """The mean mismatch over pixels and over scales 1, 1/2, 1/4, ...: coarse ones see what is far away.
-
-    L_recon of eq. (4) is "l1". It rewards a field that pulls blank ground over what does not fit yet; the default,
-    "correlation", does not.
-    """
+    """The mean mismatch over pixels and scales 1, 1/2, ...: coarse ones see what is far away. A term of
+    L_recon, eq. (4), is "l1", which rewards a field that pulls blank ground over what does not fit yet; the
+    default, "correlation", does not."""
     total = mismatch(measure, I, J, window).mean()
     for _ in range(scales - 1):
         I = nnf.avg_pool2d(I, 2, ceil_mode=True)

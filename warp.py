@@ -4,13 +4,15 @@
     v, u  pixels (x, y): x right, y down; the centre of the top-left pixel is (0, 0)
     phi   displacement field (B, 2, H, W) in pixels; channel 0 is x, channel 1 is y
 
-R_S(I, phi)[v] = I[v + phi(v)]: with phi = (1, 0) everywhere each pixel shows its right neighbour. So what I holds
-at p is seen at the v with v + phi(v) = p.
+R_S(I, phi)[v] = I[v + phi(v)]: with phi = (1, 0) everywhere each pixel shows its right neighbour. So what I
+holds at p is seen at the v with v + phi(v) = p.
 """
 import math
 
 import torch
 import torch.nn.functional as nnf
+
+STIFFNESS_WIDTH = 256  # lambda_S of eq. (6) means at every image size what it means at this width
 
 def pixel_grid(height, width, like):
     """The coordinates v of all pixels: (1, 2, H, W), x and y."""
@@ -19,10 +21,10 @@ def pixel_grid(height, width, like):
     return torch.stack(torch.meshgrid(x, y, indexing="xy"))[None]
 
 def sample_at(I, places, padding="zeros"):
-    """I at places (B, 2, h, w), pixel coordinates of I: (B, C, h, w), bilinear; padding "zeros" or "border"."""
+    """I, bilinear, at places (B, 2, h, w) in its pixels: (B, C, h, w); padding "zeros" or "border"."""
     height, width = I.shape[2:]
     x, y = places.unbind(1)
-    grid = torch.stack([2 * x / max(width - 1, 1) - 1, 2 * y / max(height - 1, 1) - 1], dim=-1)
+    grid = torch.stack([2 * x / max(width - 1, 1), 2 * y / max(height - 1, 1)], dim=-1) - 1
     return nnf.grid_sample(I, grid, mode="bilinear", padding_mode=padding, align_corners=True)
 
 def resample(I, phi, padding="zeros"):
@@ -32,7 +34,7 @@ def resample(I, phi, padding="zeros"):
     return sample_at(I.to(phi.dtype), v + phi, padding)
 
 def norm(v):
-    """Euclidean norm over channels: (B, C, H, W) -> (B, H, W). `linalg.vector_norm` is many times slower here."""
+    """Euclidean norm over channels: (B, H, W). `linalg.vector_norm` is many times slower here."""
     return (v.square().sum(1) + 1e-12).sqrt()  # the summand keeps the gradient finite at 0
 
 def difference(I, dx, dy):
@@ -49,40 +51,36 @@ def scaled(phi, x, y):
 def smoothness(phi, O_s, alpha):
     """L_smooth, eq. (2): mean over v of the sum over its 8 neighbours u of B(u, v) ||phi(u) - phi(v)||.
 
-    Eq. (3): B(u, v) = exp(-alpha ||O_s[u] - O_s[v]||), so that the field may bend where O_s (B, C, H, W) has an
-    edge. O_s is a constant here: R could otherwise lower this loss by putting edges into the image.
-    phi counts in half-sides of the image, and the sum is scaled by W/256, the paper's width, since neighbours lie
-    closer together in a finer image: one weight lambda_S then means the same stiffness at every size.
+    B lets phi bend where O_s (B, C, H, W) has an edge. O_s is a constant here: R could otherwise lower this
+    loss by putting edges into the image. phi counts in half-sides; a finer image has closer neighbours.
     """
-    O_s = O_s.detach()
     height, width = phi.shape[2:]
     phi = scaled(phi, 2 / max(width - 1, 1), 2 / max(height - 1, 1))
     total = 0.0
     for dx, dy in ((1, 0), (0, 1), (1, 1), (-1, 1)):  # each pair of neighbours once
-        bend = norm(difference(phi, dx, dy))
-        edge = norm(difference(O_s, dx, dy))
-        total = total + (torch.exp(-alpha * edge) * bend).sum()
+        B = torch.exp(-alpha * norm(difference(O_s.detach(), dx, dy)))  # eq. (3)
+        total = total + (B * norm(difference(phi, dx, dy))).sum()
     mean = 2 * total / (len(phi) * height * width)  # a pair counts for u and for v
-    return mean * width / 256
+    return mean * width / STIFFNESS_WIDTH
 
 def resize_field(phi, size):
-    """phi for an image of another size (H, W): its values scale with the sides; half-pixel centres, as Pillow."""
+    """phi for an image of another size (H, W): values scale with the sides; half-pixel centres, as Pillow."""
     height, width = phi.shape[2:]
     return scaled(nnf.interpolate(phi, size=size, mode="bilinear"), size[1] / width, size[0] / height)
 
 def random_field(n, size, bend, shift, gen):
-    """n smooth fields (n, 2, H, W): cubic between 3x3 knots of deviation `bend`, all of it moved by a deviation
-    `shift`, both in shares of the sides."""
+    """n smooth fields (n, 2, H, W), cubic between 3x3 knots. In shares of the sides, each knot moves by a
+    deviation `bend`, all together by `shift`."""
     knots = bend * torch.randn(n, 2, 3, 3, generator=gen, device=gen.device)
     whole = shift * torch.randn(n, 2, 1, 1, generator=gen, device=gen.device)
-    height, width = size
-    return scaled(nnf.interpolate(knots + whole, size=size, mode="bicubic", align_corners=True), width, height)
+    phi = nnf.interpolate(knots + whole, size=size, mode="bicubic", align_corners=True)
+    return scaled(phi, size[1], size[0])
 
 def warp_points(points, phi, iterations=200):
     """Where what I shows at points p (B, N, 2) is seen in R_S(I, phi): the q (B, N, 2) with q + phi(q) = p.
 
-    Each step goes half of the way that is left over. A whole step would overshoot, further each time, where phi
-    stretches with a slope above 1; half a step finds q up to a slope of 3. NaN where it finds none: phi folds.
+    Each step goes half of the way left over: a whole step overshoots, ever further, where phi stretches with
+    a slope above 1; half a step finds q up to a slope of 3. NaN where 0.1 px is left: phi folds.
     """
     p = points.transpose(1, 2)[..., None].to(phi)  # (B, 2, N, 1)
     q = p
@@ -90,24 +88,19 @@ def warp_points(points, phi, iterations=200):
         left_over = p - q - sample_at(phi, q, "border")
         q = q + 0.5 * left_over
     found = norm(left_over)[:, None] < 0.1
-    q = torch.where(found, q, math.nan)
-    return q[..., 0].transpose(1, 2)
+    return torch.where(found, q, math.nan)[..., 0].transpose(1, 2)
 
 def jacobian_determinant(phi):
     """det of d(v + phi)/dv: (B, H-1, W-1), forward differences. At 0 and below the field folds."""
-    d_x = difference(phi, 1, 0)[:, :, :-1]
-    d_y = difference(phi, 0, 1)[:, :, :, :-1]
-    return (1 + d_x[:, 0]) * (1 + d_y[:, 1]) - d_x[:, 1] * d_y[:, 0]
+    x_dx, y_dx = difference(phi, 1, 0)[:, :, :-1].unbind(1)
+    x_dy, y_dy = difference(phi, 0, 1)[..., :-1].unbind(1)
+    return (1 + x_dx) * (1 + y_dy) - y_dx * x_dy
 
 def colour_wheel(phi, longest):
     """phi as colours (B, 3, H, W) in [0, 1]: hue is the direction, saturation the length, white is 0."""
     x, y = phi.unbind(1)
     hue = torch.atan2(y, x) / math.tau
     saturation = (torch.hypot(x, y) / max(longest, 1e-6)).clamp(0, 1)
-    channels = []
-    for primary in (0, 1 / 3, 2 / 3):  # red, green, blue
-        turn = (hue - primary) % 1
-        distance = torch.minimum(turn, 1 - turn)  # round the wheel
-        pure = (2 - 6 * distance).clamp(0, 1)
-        channels.append(1 - saturation * (1 - pure))
-    return torch.stack(channels, dim=1)
+    turn = torch.stack([hue, hue - 1 / 3, hue - 2 / 3], dim=1) % 1  # from red, from green, from blue
+    pure = (2 - 6 * torch.minimum(turn, 1 - turn)).clamp(0, 1)  # the shorter way round the wheel
+    return 1 - saturation[:, None] * (1 - pure)
