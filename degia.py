@@ -5,10 +5,8 @@
     M         task network; M(x) in eq. (7) is its *template feature*, the input of its last layer
     F         class-conditional flow of the training set; it sees x averaged down to F.shape, D numbers
     P_src     the prior of the class, N(gamma G_m(c), G_std(c)^2);  P_x the Gaussian of z = F(x) over images x
-
     min phase, eq. (5):  l = l_task(M(x), y) - log p_X(x, c)
     max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ] }
-
 What balances what: l_task is of order 1. So -log p, thousands of nats, is divided by D; d and the feature
 distance are means per dimension too. In (7), -log p / D pushes z off its mean: at deviations of 1, by half
 of the squared distance. alpha d holds back what the images share of it, and is too weak for alpha below 1/2.
@@ -22,45 +20,32 @@ from flows import Flow, gaussian_w2
 POSES = 8  # the classes of hands: clusters of their landmarks
 
 # ---------------------------------------------------------------- backbones; w is their width
-def conv(c_in, c_out, kernel=3, stride=1):
-    """Convolution and ReLU; the size stays, or is divided by the stride."""
+def conv(c_in, c_out, kernel=3, stride=1):  # the size stays, or is divided by the stride
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2), nn.ReLU())
 
-def conv_norm(c_in, c_out, kernel=3, stride=1):
-    """Convolution and GroupNorm: the statistics that BatchNorm keeps would not fit an unseen domain."""
+def conv_norm(c_in, c_out, kernel=3, stride=1):  # BatchNorm's statistics would not fit an unseen domain
     layer = nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(layer, nn.GroupNorm(1, c_out))
 
-def full_layers(channels, side, width):
-    """The two full layers at the end of the older networks."""
-    return nn.Sequential(
-        nn.AdaptiveAvgPool2d(side), nn.Flatten(),
-        nn.Linear(channels * side ** 2, width), nn.ReLU(),
-        nn.Linear(width, width), nn.ReLU())
+def full_layers(channels, side, width):  # the two at the end of the older networks
+    return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(channels * side ** 2, width),
+                         nn.ReLU(), nn.Linear(width, width), nn.ReLU())
 
-def lenet(w):
-    """Two 5x5 convolutions; w = 64 at 32x32 is the digit network of ADA, M-ADA and RandConv."""
-    return nn.Sequential(
-        nn.Conv2d(3, w, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(w, 2 * w, 5), nn.ReLU(), nn.MaxPool2d(2),
-        full_layers(2 * w, 5, 16 * w))
+def lenet(w):  # w = 64 at 32x32 is the digit network of ADA, M-ADA and RandConv
+    return nn.Sequential(nn.Conv2d(3, w, 5), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.Conv2d(w, 2 * w, 5), nn.ReLU(), nn.MaxPool2d(2), full_layers(2 * w, 5, 16 * w))
 
-def alexnet(w):
-    """A large first kernel with a stride, overlapping pools."""
+def alexnet(w):  # a large first kernel with a stride, overlapping pools
     pool = nn.MaxPool2d(3, stride=2, padding=1)
-    return nn.Sequential(
-        conv(3, w, 11, stride=2), pool,
-        conv(w, 3 * w, 5), pool,
-        conv(3 * w, 6 * w), conv(6 * w, 4 * w), conv(4 * w, 4 * w), pool,
-        full_layers(4 * w, 4, 16 * w))
+    return nn.Sequential(conv(3, w, 11, stride=2), pool, conv(w, 3 * w, 5), pool,
+                         conv(3 * w, 6 * w), conv(6 * w, 4 * w), conv(4 * w, 4 * w), pool,
+                         full_layers(4 * w, 4, 16 * w))
 
-def vgg(w):
-    """Stacks of 3x3 convolutions: VGG-11 without its last stack."""
+def vgg(w):  # stacks of 3x3 convolutions: VGG-11 without its last stack
     pool = nn.MaxPool2d(2)
-    layers = [conv(3, w), pool, conv(w, 2 * w), pool]
-    for c_in, c_out in ((2 * w, 4 * w), (4 * w, 8 * w)):
-        layers += [conv(c_in, c_out), conv(c_out, c_out), pool]
-    return nn.Sequential(*layers, full_layers(8 * w, 4, 16 * w))
+    return nn.Sequential(conv(3, w), pool, conv(w, 2 * w), pool,
+                         conv(2 * w, 4 * w), conv(4 * w, 4 * w), pool,
+                         conv(4 * w, 8 * w), conv(8 * w, 8 * w), pool, full_layers(8 * w, 4, 16 * w))
 
 class Residual(nn.Module):
     """The basic block of ResNet: relu(f(x) + skip(x))."""
@@ -72,8 +57,7 @@ class Residual(nn.Module):
     def forward(self, x):
         return torch.relu(self.f(x) + self.skip(x))
 
-def resnet(w):
-    """Four stages of two basic blocks: ResNet-18."""
+def resnet(w):  # four stages of two basic blocks: ResNet-18
     layers = [conv_norm(3, w, stride=2), nn.ReLU()]
     for c_in, c_out in ((w, w), (w, 2 * w), (2 * w, 4 * w), (4 * w, 8 * w)):
         layers += [Residual(c_in, c_out, c_out // c_in), Residual(c_out, c_out, 1)]
@@ -88,8 +72,7 @@ class DenseLayer(nn.Module):
     def forward(self, x):
         return torch.cat([x, self.f(x)], dim=1)
 
-def densenet(w):
-    """Three blocks of four layers; a transition after each halves channels and size."""
+def densenet(w):  # three blocks of four layers; a transition after each halves channels and size
     layers = [conv_norm(3, 4 * w, stride=2), nn.ReLU()]
     for _ in range(3):
         layers += [DenseLayer(channels, w) for channels in (4 * w, 5 * w, 6 * w, 7 * w)]
@@ -103,28 +86,24 @@ class TaskNetwork(nn.Module):
     def __init__(self, backbone, width, size, outputs):
         super().__init__()
         self.backbone = BACKBONES[backbone](width)
-        length = self.backbone(torch.zeros(1, 3, size, size)).shape[1]
-        self.head = nn.Linear(length, outputs)
+        self.head = nn.Linear(self.backbone(torch.zeros(1, 3, size, size)).shape[1], outputs)
         self.register_buffer("mean_pose", torch.zeros(outputs))  # of the training landmarks; 0 for digits
 
     def forward(self, x):
-        """(output, template feature)."""
         feature = self.backbone(x)
         return self.mean_pose + self.head(feature), feature
 
 def build(o, y=None):
-    """M and F of the options o, untrained; F is None if the method has none. Training targets y give hands
-    the mean pose and the poses that are F's classes; a checkpoint has both."""
+    """M and F (or None) of options o, untrained; hands get mean_pose and poses from y, or a checkpoint."""
     outputs, classes = (34, POSES) if o.task == "hands" else (10, 10)
     M = TaskNetwork(o.backbone, o.M_width, o.size, outputs)
-    F = None
-    if o.method == "degia":
-        F = Flow(o.flow_channels, o.flow_size, classes, steps=o.flow_steps, lam=o.lam)
-        F.register_buffer("poses", torch.zeros(classes, 34))
-    if o.task == "hands" and y is not None:
+    has_landmarks = o.task == "hands" and y is not None
+    if has_landmarks:
         M.mean_pose.copy_(y.mean(0))
-        if F is not None:
-            F.poses.copy_(k_means(y, POSES))
+    if o.method != "degia":
+        return M, None
+    F = Flow(o.flow_channels, o.flow_size, classes, steps=o.flow_steps, lam=o.lam)
+    F.register_buffer("poses", k_means(y, POSES) if has_landmarks else torch.zeros(classes, 34))
     return M, F
 
 # ---------------------------------------------------------------- the two objectives
@@ -136,17 +115,13 @@ def task_loss(output, y):
 
 def flow_view(x, shape):
     """What F sees of x: averaged down to shape (C, S, S), so the ascent paints regions instead of noise."""
-    channels, size, _ = shape
-    if channels == 1:
-        x = x.mean(1, keepdim=True)
-    return nnf.adaptive_avg_pool2d(x.float(), size)
+    x = x.mean(1, keepdim=True) if shape[0] == 1 else x
+    return nnf.adaptive_avg_pool2d(x.float(), shape[1])
 
 def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
     """Eq. (7), its bracket multiplied out, summed over images x of ONE class c (B,), as P_x and P_src are.
-
     feature_src (B, K) is the template feature of x_src. u and shift, as in Flow.log_prob, must stay the same
-    during an ascent, or the objective would change under it; d is taken without the shift.
-    """
+    during an ascent, or the objective would change under it; d is taken without the shift."""
     output, feature = M(x)
     l_task = task_loss(output, y)
     feature_distance = (feature.float() - feature_src).square().mean(1)
@@ -159,16 +134,13 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
     return (l_task - alpha * feature_distance - log_p / F.dim - alpha * d).sum()
 
 def ascend(x_src, objective, K, eta, blur):
-    """K steps x <- clamp(x + eta g / rms(g)) from x_src; g is d objective / dx after a blur x blur mean.
-
-    rms is that of each image: eta, a number or (B, 1, 1, 1), is in units of the image, where a raw gradient
-    would change nothing or everything. `autograd.grad` asks for the gradient of x alone: no parameter of M or
-    F collects one that the next min step would then use.
-    """
+    """K steps x <- clamp(x + eta g / rms(g)) from x_src; g is d objective / dx after a blur x blur mean. rms
+    is that of each image: eta, a number or (B, 1, 1, 1), is in units of the image, where a raw gradient would
+    change nothing or everything."""
     x = x_src.detach()
     for _ in range(K):
         x.requires_grad_()
-        g, = torch.autograd.grad(objective(x), x)
+        g, = torch.autograd.grad(objective(x), x)  # of x alone: no parameter keeps one for the min step
         g = nnf.avg_pool2d(g, blur, stride=1, padding=blur // 2, count_include_pad=False)
         rms = g.square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1e-20)
         x = (x.detach() + eta * g / rms).clamp(0, 1)
@@ -183,13 +155,11 @@ def classes_of(y, F):
 
 def k_means(y, k):
     """k centres (k, 34) of poses y (N, 34); to start with, each is the pose farthest from those before it."""
-    centres = y[:1]
+    centres = y[:1].clone()
     for _ in range(k - 1):
-        farthest = torch.cdist(y, centres).amin(1).argmax()
-        centres = torch.cat([centres, y[farthest, None]])
+        centres = torch.cat([centres, y[torch.cdist(y, centres).amin(1).argmax(), None]])
     for _ in range(20):
         nearest = torch.cdist(y, centres).argmin(1)
-        for i in range(k):
-            if (nearest == i).any():
-                centres[i] = y[nearest == i].mean(0)
+        for i in nearest.unique():
+            centres[i] = y[nearest == i].mean(0)
     return centres

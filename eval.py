@@ -2,18 +2,16 @@
 
     python eval.py runs/degia                            its numbers and pictures once more
     python eval.py runs/mnist --unseen mnist_m           on domains that it has never seen
-    python eval.py runs/degia --images a.png b.png       the digit on each image; runs/hands: landmarks
-    python eval.py runs/reg --images a.png b.png         A aligned to B
+    python eval.py runs/degia --images a.png b.png       a digit, or landmarks, each; runs/reg: A aligned to B
     python eval.py tables reg --seeds 3                  the tables of a paper, row by row
 """
-import argparse
 import csv
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
+from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +26,8 @@ from data import InputError
 from flows import bits_per_dim
 
 FORMAT = "degia and geomreg, version 2"
-
 device = torch.device("cpu")
-capable = torch.cpu.get_capabilities()
-bfloat16 = bool(capable.get("amx_bf16") or capable.get("avx512_bf16"))  # other CPUs would emulate it
+bfloat16 = any(torch.cpu.get_capabilities().get(f"{unit}_bf16") for unit in ("amx", "avx512"))  # no emulation
 if torch.cuda.is_available():
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     torch.cuda.set_device(device)
@@ -49,34 +45,28 @@ def save_grid(rows, path, outputs=None):
     margin = 12 + 7 * max(map(len, rows))
     sheet = Image.new("RGB", (margin + columns * (side + 4), len(rows) * (side + 4)), "white")
     for i, (label, images) in enumerate(rows.items()):
-        top = i * (side + 4)
-        ImageDraw.Draw(sheet).text((4, top + side // 2), label, "black", anchor="lm", font_size=14)
+        ImageDraw.Draw(sheet).text((4, i * (side + 4) + side // 2), label, "black", anchor="lm", font_size=14)
         pixels = data.to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
         for j, image in enumerate(pixels):
             picture = ImageOps.contain(Image.fromarray(image), (side, side), Image.Resampling.BOX)
-            if outputs:
-                draw_output(picture, *outputs[i][j])
-            sheet.paste(picture, (margin + j * (side + 4), top))
+            pen = ImageDraw.Draw(picture)
+            output, y = outputs[i][j] if outputs else ((), ())
+            if len(output) == 10:
+                digit = output.argmax()
+                colour = "lime" if digit == y else "red"
+                pen.text((4, 0), f"{digit}", colour, font_size=36, stroke_width=2, stroke_fill="black")
+            elif outputs:  # the landmarks of M over the true ones
+                for k, point in enumerate(torch.cat([y, output]).view(34, 2) * picture.width):
+                    pen.circle(point.tolist(), picture.width // 60, "lime" if k < 17 else "red")
+            sheet.paste(picture, (margin + j * (side + 4), i * (side + 4)))
     sheet.save(path)
-
-def draw_output(picture, output, y):
-    """Draw the digit that M says, green if it is y and red if not; or its landmarks, red, over y, green."""
-    pen = ImageDraw.Draw(picture)
-    if len(output) == 10:
-        colour = "lime" if output.argmax() == y else "red"
-        pen.text((4, 0), f"{output.argmax()}", colour, font_size=36, stroke_width=2, stroke_fill="black")
-    else:
-        for points, colour in ((y, "lime"), (output, "red")):
-            for point in points.view(17, 2) * picture.width:
-                pen.circle(point.tolist(), picture.width // 60, colour)
 
 def write_csv(rows, path):
     """Write rows, dicts with the same keys, with a header; numbers to six digits."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in row.items()})
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
 
 def plot(logs, path):
     """Write a panel for each column of {label: log.csv}: a line over the steps for each, its last value."""
@@ -108,21 +98,16 @@ def predict(M, images):
 @torch.no_grad()
 def evaluate_degia(M, F, domains, folder):
     """{"domains": {name: measures}, "bits_per_dim": of the source}; pictures of what M says and F makes.
-
-    accuracy: percent; mse: of landmarks in shares of the side; mean_pose: that of the mean training pose;
-    pixels: mean distance; pck: percentage of landmarks within 5 % of the side.
-    """
+    mse: in shares of the side; mean_pose: that of the mean training pose; pck: % within 5 % of the side."""
     results, rows, outputs = {}, {}, []
     for name, (images, y) in domains.items():
         output = predict(M, images)
         if y.is_floating_point():
             error = (output - y).view(-1, 17, 2).norm(dim=2)
-            results[name] = {
-                "mse": (output - y).square().mean().item(),
-                "mean_pose": (M.mean_pose.cpu() - y).square().mean().item(),
-                "pixels": error.mean().item() * images.shape[-1],
-                "pck": 100 * (error < 0.05).float().mean().item(),
-            }
+            results[name] = {"mse": (output - y).square().mean().item(),
+                             "mean_pose": (M.mean_pose.cpu() - y).square().mean().item(),
+                             "pixels": error.mean().item() * images.shape[-1],
+                             "pck": 100 * (error < 0.05).float().mean().item()}
         else:
             results[name] = {"accuracy": 100 * (output.argmax(1) == y).float().mean().item()}
         measure, number = list(results[name].items())[-1]
@@ -131,22 +116,21 @@ def evaluate_degia(M, F, domains, folder):
     save_grid(rows, folder / "domains.png", outputs)
     if F is None:
         return {"domains": results}
-
     samples = F.sample(torch.arange(len(F.poses), device=device).repeat_interleave(12)).split(12)
     save_grid({f"F, class {c}": images for c, images in enumerate(samples)}, folder / "flow.png")
-    images, y = domains["source"]
-    x = degia.flow_view(data.to_float(images.to(device)), F.shape)
-    u = torch.rand(x.shape, generator=torch.Generator(device).manual_seed(0), device=device)
-    log_p = F.log_prob(x, degia.classes_of(y, F).to(device), u)  # in float32, the prior without noise shift
-    return {"domains": results, "bits_per_dim": bits_per_dim(log_p, F.dim).mean().item()}
+    bits, gen = [], torch.Generator(device).manual_seed(0)
+    for x, y in zip(*(tensor.split(500) for tensor in domains["source"])):  # all at once can need gigabytes
+        x = degia.flow_view(data.to_float(x.to(device)), F.shape)
+        u = torch.rand(x.shape, generator=gen, device=device)
+        log_p = F.log_prob(x, degia.classes_of(y, F).to(device), u)  # in float32, no noise shift of the prior
+        bits.append(bits_per_dim(log_p, F.dim))
+    return {"domains": results, "bits_per_dim": torch.cat(bits).mean().item()}
 
 def picture_new_samples(x_src, pool, per_round, path):
     """Write, for each max round, source images above the new samples that grew from them."""
     rows = {}
-    for start in range(0, len(pool["x"]), per_round):
-        shown = slice(start, start + min(12, per_round))
-        rows[f"source {start // per_round + 1}"] = x_src[pool["source"][shown]] / 255
-        rows[f"round {start // per_round + 1}"] = pool["x"][shown] / 255
+    for k, (x, i) in enumerate(zip(pool["x"].split(per_round), pool["source"].split(per_round)), 1):
+        rows |= {f"source {k}": x_src[i[:12]] / 255, f"round {k}": x[:12] / 255}
     save_grid(rows, path)
 
 # ---------------------------------------------------------------- registration
@@ -169,14 +153,11 @@ def landmark_errors(R, pairs, most=10 ** 6):
             moved = warp.warp_points(p_a, phi)
             moved = torch.where(moved.isnan(), p_a, moved)  # what the field has no place for has not moved
             distances.append(torch.stack([p_a - p_b, moved - p_b]).norm(dim=3).cpu())
-
     errors = {"unregistered": {"scene": None}, "registered": {"scene": None}}
-    if distances:
-        for kinds, distance in zip(errors.values(), torch.cat(distances, dim=1)):
-            kinds["scene"] = distance.nanmean(1).nanmean().item()
-            if pairs.salient is not None:
-                on_plant = distance.masked_fill(~pairs.salient[:len(distance)], torch.nan)
-                kinds["salient"] = on_plant.nanmean(1).nanmean().item()
+    for kinds, d in zip(errors.values(), torch.cat(distances, dim=1) if distances else ()):
+        kinds["scene"] = d.nanmean(1).nanmean().item()
+        if pairs.salient is not None:
+            kinds["salient"] = d.where(pairs.salient[:len(d)], torch.nan).nanmean(1).nanmean().item()
     return {**errors, "folding": torch.cat(folded).mean().item()}, (phi, I_a, I_b)
 
 def watch(R, pairs):
@@ -187,31 +168,23 @@ def watch(R, pairs):
 def evaluate_reg(R, pairs, folder):
     """landmark_errors of the test pairs and of the first 100 training pairs; pairs.png."""
     test, fields = landmark_errors(R, pairs["test"])
-    train, _ = landmark_errors(R, pairs["train"], 100)
     picture_pairs(*fields, folder / "pairs.png")
-    return {**test, "registered_train": train["registered"]}
+    return {**test, "registered_train": landmark_errors(R, pairs["train"], 100)[0]["registered"]}
 
 def picture_pairs(phi, I_a, I_b, path):
     """Write figure 4, a column for each of up to 8 pairs."""
     phi, I_a, I_b = phi[:8], I_a[:8], I_b[:8]
     moved = warp.resample(I_a, phi)
     longest = warp.norm(phi).max().item()
-    rows = {
-        "A": I_a / 2 + 0.5,
-        "B": I_b / 2 + 0.5,
-        "A registered": moved / 2 + 0.5,
-        f"field, up to {longest:.1f} px": warp.colour_wheel(phi, longest),
-        "B, edges of A": overlay(I_b, I_a),
-        "after": overlay(I_b, moved),
-    }
-    save_grid(rows, path)
+    save_grid({"A": I_a / 2 + 0.5, "B": I_b / 2 + 0.5, "A registered": moved / 2 + 0.5,
+               f"field, up to {longest:.1f} px": warp.colour_wheel(phi, longest),
+               "B, edges of A": overlay(I_b, I_a), "after": overlay(I_b, moved)}, path)
 
 def overlay(I, outline):
     """I in grey, with the strongest edges of another image in red."""
     grey = I.mean(1, keepdim=True) / 4 + 0.5
     edge = geomreg.edges(outline) + 1
-    strong = edge.flatten(1).quantile(0.9, dim=1).view(-1, 1, 1, 1)
-    edge = (edge / strong - 0.7).clamp(0, 1)
+    edge = (edge / edge.flatten(1).quantile(0.9, dim=1).view(-1, 1, 1, 1) - 0.7).clamp(0, 1)
     return torch.cat([grey + edge, grey - edge, grey - edge], dim=1)
 
 def print_table(results):
@@ -226,34 +199,30 @@ def print_table(results):
 def load_checkpoint(folder, program=None):
     """The content of folder/checkpoint.pt, on the CPU. It must be of this version, and of this program."""
     path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        raise InputError(f"{path}: no such checkpoint; name the folder of a run that has been trained")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content["format"], content["config"]["program"]
+        found = content["config"]["program"]
+        if content["format"] != FORMAT:
+            raise ValueError(content["format"])
     except Exception as error:  # which one depends on the bytes of a foreign file
-        raise InputError(f"{path}: not a checkpoint of this version ({error!r:.60}); train again") from None
-    if found != (FORMAT, program or found[1]):
-        raise InputError(f"{path}: made by {found}; train again, or choose another folder")
+        raise InputError(f"{path}: no such checkpoint of this version ({error!r:.60}); train again") from None
+    if program not in (None, found):
+        raise InputError(f"{path}: a run of train.py {found}, not {program}; choose another --out")
     return content
 
 def read_files(o, M, files, folder):
     """Print the digit on each image, or write its landmarks, in pixels, to landmarks.csv; images.png."""
     output = predict(M, data.read_images(files, (o.size, o.size)))
     found = output.argmax(1) if o.task == "digits" else output
-    shown = data.read_images(files, (256, 256)) / 255
-    save_grid({"": shown}, folder / "images.png", [list(zip(output, found))])
-    print(f"written: {folder}/images.png")
+    shown = {"": data.read_images(files, (256, 256)) / 255}
+    save_grid(shown, folder / "images.png", [list(zip(output, found))])
     if o.task == "digits":
-        print(*(f"{file}: {digit}" for file, digit in zip(files, found)), sep="\n")
-        return
+        return print(f"written: {folder}/images.png", *map("{}: {}".format, files, found), sep="\n")
+    pixels = output.view(-1, 17, 2) * torch.tensor([[data.open_image(file).size] for file in files]) - 0.5
     names = [f"{axis}{i}" for i in range(17) for axis in "xy"]
-    table = []
-    for file, landmarks in zip(files, found.view(-1, 17, 2)):
-        pixels = landmarks * torch.tensor(data.open_image(file).size) - 0.5
-        table.append({"name": Path(file).name, **dict(zip(names, pixels.flatten().tolist()))})
-    write_csv(table, folder / "landmarks.csv")
-    print(f"written: {folder}/landmarks.csv")
+    rows = [dict(zip(names, row)) for row in pixels.flatten(1).tolist()]
+    write_csv([{"name": Path(file).name, **row} for file, row in zip(files, rows)], folder / "landmarks.csv")
+    print(f"written: {folder}/images.png, {folder}/landmarks.csv")
 
 def align_files(o, modes, R, files, folder):
     """Write A aligned to B at B's size, sampled from A as stored; the field in pixels of B; an overlay."""
@@ -262,28 +231,17 @@ def align_files(o, modes, R, files, folder):
     A, B = (data.open_image(file, modes[side]) for file, side in zip(files, "AB"))
     small = [data.read_images([file], (o.height, o.width), modes[side]) for file, side in zip(files, "AB")]
     phi, I_a, I_b = register(R, *small)
-    name = str(folder / Path(files[0]).stem)
+    name = folder / Path(files[0]).stem
     picture_pairs(phi, I_a, I_b, f"{name}_overlay.png")
-
     phi = warp.resize_field(phi, B.size[::-1])
     places = warp.pixel_grid(B.height, B.width, like=phi) + phi + 0.5  # in B's pixels, then in A's:
     places = warp.scaled(places, A.width / B.width, A.height / B.height) - 0.5
-    aligned = warp.sample_at(data.to_tensor(A)[None].to(phi), places)
-    pixels = aligned[0].round().byte().permute(1, 2, 0).squeeze(2)
-    Image.fromarray(pixels.cpu().numpy()).save(f"{name}_aligned.png")
+    aligned = warp.sample_at(data.to_tensor(A)[None].to(phi), places)[0].round().byte()
+    Image.fromarray(aligned.permute(1, 2, 0).squeeze(2).cpu().numpy()).save(f"{name}_aligned.png")
     np.save(f"{name}_field.npy", phi[0].cpu().numpy())
     print(f"written: {name}_aligned.png, {name}_field.npy, {name}_overlay.png")
 
 # ---------------------------------------------------------------- the papers' tables
-def numbers_of(results):
-    """{measure: number} of a results.json: accuracy or mse of each domain, or landmark errors; seconds."""
-    numbers = {name: list(measures.values())[0] for name, measures in results.get("domains", {}).items()}
-    if len(numbers) > 1:
-        numbers["unseen"] = np.mean(list(numbers.values())[1:])  # the first is the source
-    for mark, key in (("", "registered"), ("train ", "registered_train"), ("before ", "unregistered")):
-        numbers |= {mark + kind: number for kind, number in results.get(key, {}).items()}
-    return {**numbers, "seconds": results["seconds"]}
-
 def tables(args):
     """Train what is not trained yet of results/papers.csv; mean and deviation over seeds; figure 5."""
     lines, logs = [], {}
@@ -304,31 +262,37 @@ def train_row(args, options):
     """Train each seed, or go on with it; the folders of those that ended. Equal options share their runs."""
     row = args.out / re.sub(r"[^\w.]+", "_", " ".join([args.task, *options]))
     folders = [row / str(seed) for seed in range(args.seeds)]
-    for seed, folder in enumerate(folders):
+    for folder in folders:
+        words = [args.task, *options, "--seed", folder.name, "--out", str(folder)]
+        words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
         if not (folder / "results.json").exists():
-            words = [args.task, *options, "--seed", str(seed), "--out", str(folder)]
-            if (folder / "checkpoint.pt").exists():
-                words.append("--resume")
-            print("python train.py", shlex.join(words), flush=True)
+            print("python train.py", *words, flush=True)
             train = Path(__file__).with_name("train.py")
             subprocess.run([sys.executable, train, *words], stdout=subprocess.DEVNULL)
     return [folder for folder in folders if (folder / "results.json").exists()]  # else train.py said why
 
+def numbers_of(results):
+    """{measure: number} of a results.json: accuracy or mse of each domain, or landmark errors; seconds."""
+    numbers = {name: list(measures.values())[0] for name, measures in results.get("domains", {}).items()}
+    if len(numbers) > 1:
+        numbers["unseen"] = np.mean(list(numbers.values())[1:])  # the first is the source
+    for mark, key in (("", "registered"), ("train ", "registered_train"), ("before ", "unregistered")):
+        numbers |= {mark + kind: number for kind, number in results.get(key, {}).items()}
+    return {**numbers, "seconds": results["seconds"]}
+
 def summary(row, folders):
     """Print a row of a table; its lines for the csv, one for each measure."""
     runs = [numbers_of(json.loads((folder / "results.json").read_text())) for folder in folders]
-    lines, cells = [], []
+    lines, cells, n = [], [], len(runs)
     for measure in runs[0] if runs else ():
         values = np.array([run[measure] for run in runs], float)
         mean = values.mean()
-        deviation = values.std(ddof=1) if len(runs) > 1 else np.nan
-        numbers = {"n": len(runs), "measure": measure, "mean": mean, "deviation": deviation}
-        lines.append({**row, **numbers})
+        deviation = values.std(ddof=1) if n > 1 else np.nan
+        lines.append({**row, "n": n, "measure": measure, "mean": mean, "deviation": deviation})
         cells.append(f"{measure} {mean:.4g} ± {deviation:.2g}".removesuffix(" ± nan"))
-    print(f"{row['row']:36} n {len(runs)}  {',  '.join(cells)}  (paper: {row['paper'] or '-'})")
+    print(f"{row['row']:36} n {n}  {',  '.join(cells)}  (paper: {row['paper'] or '-'})")
     return lines
 
-# ---------------------------------------------------------------- the command line
 def exit_on_bad_input(main):
     """Run main(argv); what a user can mend becomes one line and exit code 2."""
     try:
@@ -336,12 +300,9 @@ def exit_on_bad_input(main):
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; train.py goes on with --resume, tables with the same command")
 
 def parse(argv):
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", help="folder of a trained run, or: tables degia, tables reg")
     if argv[:1] == ["tables"]:
         parser.add_argument("task", choices=("degia", "reg"), help="whose; unknown options go to train.py")
@@ -349,7 +310,7 @@ def parse(argv):
         parser.add_argument("--seeds", type=int, default=1, help="runs of each row")
         parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder of all these runs")
         args, others = parser.parse_known_args(argv)
-        return argparse.Namespace(**vars(args), others=others)
+        return Namespace(**vars(args), others=others)
     parser.add_argument("--data", help="measure on this data")
     parser.add_argument("--unseen", nargs="+", help="measure on these unseen domains")
     parser.add_argument("--images", nargs="+", help="apply the run to these image files")
@@ -360,8 +321,7 @@ def main(argv):
     if args.run == "tables":
         return tables(args)
     folder, checkpoint = Path(args.run), load_checkpoint(args.run)
-    o = argparse.Namespace(**checkpoint["config"])
-    state = checkpoint["state"]
+    o, state = Namespace(**checkpoint["config"]), checkpoint["state"]
     o.data = args.data or o.data
     if o.program == "reg":
         modes = checkpoint["extra"]
@@ -369,8 +329,7 @@ def main(argv):
         R.to(device, memory_format=torch.channels_last).load_state_dict(state["R"])
         if args.images:
             return align_files(o, modes, R, args.images, folder)
-        pairs, _ = data.load_pairs(o, modes)
-        measured = evaluate_reg(R, pairs, folder)
+        measured = evaluate_reg(R, data.load_pairs(o, modes)[0], folder)
     else:
         o.unseen = args.unseen or o.unseen
         M, F = degia.build(o)
@@ -379,8 +338,8 @@ def main(argv):
             F.to(device).load_state_dict(state["F"])
         if args.images:
             return read_files(o, M, args.images, folder)
-        _, _, domains = data.load_digits(o) if o.task == "digits" else data.load_hands(o)
-        measured = evaluate_degia(M, F, domains, folder)
+        load = data.load_digits if o.task == "digits" else data.load_hands
+        measured = evaluate_degia(M, F, load(o)[2], folder)
     print_table({**checkpoint["config"], "steps": checkpoint["step"], **measured})
 
 if __name__ == "__main__":

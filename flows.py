@@ -1,11 +1,9 @@
 """The class-conditional normalizing flow F of DeGIA: an invertible map and a prior, eq. (2), (3), (8).
 
-    x    image (B, C, S, S) in [0, 1], S a multiple of 4
-    u    dequantization noise (B, C, S, S), U[0, 1): y = (255 x + u) / 256 has a density, x has not
-    z    latent code (B, D), z = F(x), D = C S^2: the parts that all levels leave behind, side by side
-    c    class (B,), int64
-    n    noise (B, NOISE_DIM), N(0, I), of the random shift of the prior's mean
-
+    x     image (B, C, S, S) in [0, 1], S a multiple of 4
+    u     dequantization noise (B, C, S, S), U[0, 1): y = (255 x + u) / 256 has a density, x has not
+    z     latent code (B, D), z = F(x), D = C S^2: the parts that all levels leave behind, side by side
+    c, n  class (B,), int64; noise (B, NOISE_DIM), N(0, I), of the random shift of the prior's mean
 log p(y | c) = log p_Z(z | c) + log |det dz/dy|: we read p_X(x, c) of eq. (2) as p(x | c). Each layer returns
 its output and its log-determinant, in nats: (B,), or one number if all images have the same.
 """
@@ -20,8 +18,7 @@ SEEN_BOUND = 5.0  # of what a coupling's network sees, which is of order 1: see 
 LOG_STD_MIDDLE, LOG_STD_RADIUS = -0.75, 1.25  # the prior's log-deviation stays within [-2, .5]: see Prior
 NOISE_DIM = 16
 
-def bounded(x, bound):
-    """x, smoothly held within [-bound, bound]: a clamp would have no gradient beyond its bounds."""
+def bounded(x, bound):  # smoothly within [-bound, bound]: a clamp would have no gradient beyond its bounds
     return bound * torch.tanh(x / bound)
 
 class ActNorm(nn.Module):
@@ -39,8 +36,7 @@ class ActNorm(nn.Module):
             self.is_set.fill_(True)
 
     def forward(self, x):
-        y = torch.exp(self.log_scale) * (x - self.shift)
-        return y, x[0, 0].numel() * self.log_scale.sum()
+        return torch.exp(self.log_scale) * (x - self.shift), x[0, 0].numel() * self.log_scale.sum()
 
     def inverse(self, y):
         return torch.exp(-self.log_scale) * y + self.shift
@@ -63,10 +59,9 @@ class AffineCoupling(nn.Module):
     """y_a = x_a,  y_b = exp(s(x_a)) x_b + t(x_a);  log |det| = sum of s. The next 1x1 mixes the halves."""
     def __init__(self, channels, hidden):
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Conv2d(channels // 2, hidden, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(hidden, hidden, 1), nn.ReLU(),
-            nn.Conv2d(hidden, channels, 3, padding=1))
+        self.net = nn.Sequential(nn.Conv2d(channels // 2, hidden, 3, padding=1), nn.ReLU(),
+                                 nn.Conv2d(hidden, hidden, 1), nn.ReLU(),
+                                 nn.Conv2d(hidden, channels, 3, padding=1))
         nn.init.zeros_(self.net[-1].weight)  # the coupling starts as the identity
         nn.init.zeros_(self.net[-1].bias)
 
@@ -79,23 +74,18 @@ class AffineCoupling(nn.Module):
     def forward(self, x):
         x_a, x_b = x.chunk(2, dim=1)
         s, t = self.scale_and_shift(x_a)
-        y_b = torch.exp(s) * x_b + t
-        return torch.cat([x_a, y_b], dim=1), s.sum((1, 2, 3))
+        return torch.cat([x_a, torch.exp(s) * x_b + t], dim=1), s.sum((1, 2, 3))
 
     def inverse(self, y):
         y_a, y_b = y.chunk(2, dim=1)
         s, t = self.scale_and_shift(y_a)
-        x_b = torch.exp(-s) * (y_b - t)
-        return torch.cat([y_a, x_b], dim=1)
+        return torch.cat([y_a, torch.exp(-s) * (y_b - t)], dim=1)
 
 class Prior(nn.Module):
     """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = gamma G_m(c) + lambda H_m(n), Sigma_c = G_std(c)^2, diagonal.
-
-    G_m and G_std are learned tables, a row per class; H_m is a small network of noise, which moves the mean
-    about: the density covers more than the images seen. Likelihood alone would undo that. It would shrink H_m
-    to nothing: so its output is standardized. Or F could spread z until a shift of lambda no longer matters:
-    so the deviation is bounded.
-    """
+    G_m and G_std are tables, a row per class. H_m, a network of noise, moves the mean about: the density
+    covers more than the images seen. Likelihood alone would undo that. It would shrink H_m to nothing: so its
+    output is standardized. Or F could spread z until a shift no longer matters: so its std is bounded."""
     def __init__(self, dim, classes, gamma=1.0, lam=0.1):
         super().__init__()
         self.gamma, self.lam = gamma, lam
@@ -109,18 +99,15 @@ class Prior(nn.Module):
     def mean(self, c):
         return self.gamma * self.G_m(c)  # (B, D), without the shift
 
-    def std(self, c):
-        log_std = LOG_STD_MIDDLE + bounded(self.log_G_std(c) - LOG_STD_MIDDLE, LOG_STD_RADIUS)
-        return torch.exp(log_std)  # (B, D)
+    def std(self, c):  # (B, D)
+        return torch.exp(LOG_STD_MIDDLE + bounded(self.log_G_std(c) - LOG_STD_MIDDLE, LOG_STD_RADIUS))
 
     def shift(self, n):
-        """lambda H_m(n) (B, D), H_m with mean 0 and root mean square 1 over the fixed noise `probe`: over the
-        batch, an image's shift would depend on the others."""
+        """lambda H_m(n) (B, D), standardized over `probe`: over a batch, each would depend on all."""
         with torch.autocast(n.device.type, enabled=False):
             h, probe = self.H_m(n), self.H_m(self.probe)
         centre = probe.mean(0)
-        rms = (probe - centre).square().mean().add(1e-8).sqrt()
-        return self.lam * (h - centre) / rms
+        return self.lam * (h - centre) / (probe - centre).square().mean().add(1e-8).sqrt()
 
     def log_prob(self, z, c, shift=0.0):
         """log N(z; gamma G_m(c) + shift, G_std(c)^2): (B,) nats."""
@@ -137,17 +124,15 @@ class Flow(nn.Module):
         self.latent_shapes = []  # of the part of z that each level leaves behind; the last level leaves all
         for level in range(levels):
             channels, size = 4 * channels, size // 2  # squeeze
-            self.levels.append(nn.ModuleList())
+            layers = nn.ModuleList()
             for _ in range(steps):
-                step = [ActNorm(channels), Invertible1x1(channels), AffineCoupling(channels, hidden)]
-                self.levels[-1].extend(step)
-            if level < levels - 1:
-                channels = channels // 2
+                layers += [ActNorm(channels), Invertible1x1(channels), AffineCoupling(channels, hidden)]
+            self.levels.append(layers)
+            channels = channels // 2 if level < levels - 1 else channels  # half is left behind
             self.latent_shapes.append((channels, size, size))
         self.prior = Prior(self.dim, classes, gamma, lam)
 
-    def forward(self, x, u, initialise=False):
-        """z = F(x) (B, D) and log |det dz/dy| (B,)."""
+    def forward(self, x, u, initialise=False):  # z = F(x) (B, D) and log |det dz/dy| (B,)
         y = EPS + (1 - 2 * EPS) * (255 * x + u) / 256
         h = torch.logit(y)
         log_det = (math.log(1 - 2 * EPS) - torch.log(y) - torch.log1p(-y)).sum((1, 2, 3))
@@ -162,14 +147,12 @@ class Flow(nn.Module):
             if layers is not self.levels[-1]:
                 h, part = h.chunk(2, dim=1)  # the last coupling has normalized `part` given h
                 parts.append(part)
-        parts.append(h)
-        return torch.cat([part.flatten(1) for part in parts], dim=1), log_det
+        return torch.cat([part.flatten(1) for part in (*parts, h)], dim=1), log_det
 
     def inverse(self, z):
         """y = (255 x + u) / 256 (B, C, S, S) of the x and u with F(x, u) = z: forward, mirrored."""
         lengths = [math.prod(shape) for shape in self.latent_shapes]
-        parts = [part.unflatten(1, shape) for part, shape in zip(z.split(lengths, 1), self.latent_shapes)]
-        h = parts.pop()
+        *parts, h = [part.unflatten(1, shape) for part, shape in zip(z.split(lengths, 1), self.latent_shapes)]
         with torch.autocast(z.device.type, enabled=False):
             for layers in reversed(self.levels):
                 if layers is not self.levels[-1]:
@@ -180,8 +163,7 @@ class Flow(nn.Module):
         return (torch.sigmoid(h) - EPS) / (1 - 2 * EPS)
 
     @torch.no_grad()
-    def initialise(self, x, u):
-        """Each ActNorm that is not set yet sets itself from a batch, as the layers before it pass it on."""
+    def initialise(self, x, u):  # each ActNorm not set yet, from this batch as it arrives there
         self(x, u, initialise=True)
 
     def log_prob(self, x, c, u, shift=0.0):
@@ -197,8 +179,7 @@ class Flow(nn.Module):
         z = self.prior.mean(c) + self.prior.shift(n) + self.prior.std(c) * noise
         return (256 * self.inverse(z)).floor().clamp(0, 255) / 255
 
-def bits_per_dim(log_prob, dim):
-    """Bits per dimension of the 8-bit image, from nats of y: 256 levels are 8 bits, counted once."""
+def bits_per_dim(log_prob, dim):  # of the 8-bit image, from nats of y: 256 levels are 8 bits, counted once
     return 8 - log_prob / (dim * math.log(2))
 
 def gaussian_w2(mean_1, std_1, mean_2, std_2):

@@ -4,10 +4,8 @@
     phi       R(I_a, I_b), a displacement field (B, 2, H, W) in pixels
     T         translates A's look into B's
     D         conditional patch discriminator: is this the B that belongs to I_a?
-
     O_RT = R_S(T(I_a), phi)   translate first
     O_TR = T(R_S(I_a, phi))   register first
-
 Both orders share one phi. Had T moved something, phi would have to undo it both where T is applied last and
 where phi is, and no one phi does both: so T is forced to keep geometry, and R does all of the moving.
 """
@@ -18,6 +16,7 @@ import torch.nn.functional as nnf
 import warp
 
 SLOPE = 0.2  # of all leaky ReLUs, and in Kaiming's initial weights
+MEASURES = ("l1", "correlation", "ncc", "ncc-edges", "ssim-edges")
 
 # ---------------------------------------------------------------- layers; w is a width
 def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
@@ -38,13 +37,10 @@ class InstanceNorm(nn.Module):
 def conv_relu(c_in, c_out, kernel=3, stride=1):
     return nn.Sequential(conv(c_in, c_out, kernel, stride), nn.LeakyReLU(SLOPE))
 
-def conv_norm_relu(c_in, c_out, kernel=3, stride=1):
-    """The norm takes the mean away, and with it any bias."""
-    layer = conv(c_in, c_out, kernel, stride, bias=False)
-    return nn.Sequential(layer, InstanceNorm(), nn.LeakyReLU(SLOPE))
+def conv_norm_relu(c_in, c_out, kernel=3, stride=1):  # the norm takes the mean away, and with it any bias
+    return nn.Sequential(conv(c_in, c_out, kernel, stride, bias=False), InstanceNorm(), nn.LeakyReLU(SLOPE))
 
-def up_norm_relu(c_in, c_out):
-    """A transposed convolution that doubles the size, as in CycleGAN's generator."""
+def up_norm_relu(c_in, c_out):  # doubles the size, as in CycleGAN's generator
     layer = nn.ConvTranspose2d(c_in, c_out, 3, stride=2, padding=1, output_padding=1, bias=False)
     nn.init.kaiming_normal_(layer.weight, a=SLOPE)
     return nn.Sequential(layer, InstanceNorm(), nn.LeakyReLU(SLOPE))
@@ -77,59 +73,49 @@ class UNet(nn.Module):
 
     def forward(self, I_a, I_b):
         height, width = I_a.shape[2:]
-        x = self.first(pad(torch.cat([I_a, I_b], dim=1), 16))
-        skips = []
+        skips = [self.first(pad(torch.cat([I_a, I_b], dim=1), 32))]
         for down in self.down:
-            skips.append(x)
-            x = down(x)
+            skips.append(down(skips[-1]))
+        x = skips.pop()
         for up in self.up:
-            x = nnf.interpolate(x, scale_factor=2, mode="bilinear")
-            x = up(torch.cat([x, skips.pop()], dim=1))
+            x = up(torch.cat([nnf.interpolate(x, scale_factor=2, mode="bilinear"), skips.pop()], dim=1))
         return self.last(x)[..., :height, :width].float()
 
 class Pyramid(nn.Module):
-    """R from coarse to fine: warp A's features by phi, compare them with B's, correct phi; twice at 1/8 of
-    the size, twice at 1/4, and no finer, which keeps phi smooth."""
+    """R from coarse to fine: warp A's features by phi, compare them with B's, correct phi."""
     def __init__(self, a, b, w):
         super().__init__()
-        self.encode_a = nn.ModuleList(self.encoder(c_in, w) for c_in in (a, w, w))
-        self.encode_b = nn.ModuleList(self.encoder(c_in, w) for c_in in (b, w, w))
-        self.correct = nn.ModuleList(self.corrector(w) for _ in range(2))
-
-    def encoder(self, c_in, w):
-        return nn.Sequential(conv_relu(c_in, w, stride=2), conv_relu(w, w))
-
-    def corrector(self, w):  # phi starts near 0
-        return nn.Sequential(conv_relu(2 * w + 2, 2 * w), conv_relu(2 * w, w), conv(w, 2, scale=0.1))
+        def encoder(c_in):
+            return nn.Sequential(conv_relu(c_in, w, stride=2), conv_relu(w, w))
+        self.encode_a = nn.ModuleList(encoder(c_in) for c_in in (a, w, w))
+        self.encode_b = nn.ModuleList(encoder(c_in) for c_in in (b, w, w))
+        self.correct = nn.ModuleList(nn.Sequential(  # phi starts near 0
+            conv_relu(2 * w + 2, 2 * w), conv_relu(2 * w, w), conv(w, 2, scale=0.1)) for _ in range(2))
 
     def forward(self, I_a, I_b):
         height, width = I_a.shape[2:]
         a, b = pad(I_a, 8), pad(I_b, 8)
-        padded_size = a.shape[2:]
         features = []
         for encode_a, encode_b in zip(self.encode_a, self.encode_b):
             a, b = encode_a(a), encode_b(b)
             features.append((a, b))
         phi = torch.zeros(len(a), 2, *a.shape[2:], device=a.device)
-        for (a, b), correct in zip(reversed(features), self.correct):  # at 1/8, then at 1/4
+        for (a, b), correct in zip(reversed(features), self.correct):  # 1/8, 1/4; no finer: smooth phi
             phi = warp.resize_field(phi, a.shape[2:])
             for _ in range(2):
-                moved = warp.resample(a, phi, "border")
-                phi = phi + correct(torch.cat([moved, b, phi], dim=1)).float()
-        return warp.resize_field(phi, padded_size)[..., :height, :width]
+                phi = phi + correct(torch.cat([warp.resample(a, phi, "border"), b, phi], dim=1)).float()
+        return warp.resize_field(phi, pad(I_a, 8).shape[2:])[..., :height, :width]
 
 class Translator(nn.Module):
-    """T: two halvings, residual blocks, two doublings, tanh: the CycleGAN generator. Without blocks it is two
-    3x3 convolutions, which can hardly move anything."""
+    """T: the CycleGAN generator. Without blocks it is two 3x3 convolutions, which hardly move anything."""
     def __init__(self, a, b, w, blocks):
         super().__init__()
         if blocks == 0:
             self.net = nn.Sequential(conv_relu(a, w), conv(w, b))
             return
         self.net = nn.Sequential(
-            conv_relu(a, w, 7),
-            conv_norm_relu(w, 2 * w, stride=2), conv_norm_relu(2 * w, 4 * w, stride=2),
-            *[Residual(4 * w) for _ in range(blocks)],
+            conv_relu(a, w, 7), conv_norm_relu(w, 2 * w, stride=2),
+            conv_norm_relu(2 * w, 4 * w, stride=2), *[Residual(4 * w) for _ in range(blocks)],
             up_norm_relu(4 * w, 2 * w), up_norm_relu(2 * w, w), conv(w, b, 7))
 
     def forward(self, I_a):
@@ -140,10 +126,9 @@ class Discriminator(nn.Module):
     """D, that of pix2pix: a logit for each patch of I_a beside I_b or a fake."""
     def __init__(self, a, b, w):
         super().__init__()
-        self.net = nn.Sequential(
-            conv_relu(a + b, w, 4, stride=2), conv_norm_relu(w, 2 * w, 4, stride=2),
-            conv_norm_relu(2 * w, 4 * w, 4, stride=2),
-            conv_norm_relu(4 * w, 8 * w, 4), conv(8 * w, 1, 4))
+        self.net = nn.Sequential(conv_relu(a + b, w, 4, stride=2), conv_norm_relu(w, 2 * w, 4, stride=2),
+                                 conv_norm_relu(2 * w, 4 * w, 4, stride=2),
+                                 conv_norm_relu(4 * w, 8 * w, 4), conv(8 * w, 1, 4))
 
     def forward(self, I_a, I):
         return self.net(pad(torch.cat([I_a, I], dim=1), 32)).float()
@@ -152,8 +137,7 @@ def build(o, a, b):
     """{"R"} of the options o for a and b channels, untrained; T and D too where they teach it."""
     nets = {"R": {"pyramid": Pyramid, "unet": UNet}[o.registration](a, b, o.R_width)}
     if o.similarity == "translation":
-        nets["T"] = Translator(a, b, o.T_width, o.T_blocks)
-        nets["D"] = Discriminator(a, b, o.D_width)
+        nets |= {"T": Translator(a, b, o.T_width, o.T_blocks), "D": Discriminator(a, b, o.D_width)}
     return nets
 
 # ---------------------------------------------------------------- losses
@@ -164,8 +148,7 @@ def adversarial(logits, real):
 
 def local_mean(I, window):
     """The mean over windows around each pixel, of (B C, H, W): one channel in channels_last is slow."""
-    planes = I.flatten(0, 1)
-    means = nnf.avg_pool2d(planes, window, stride=1, padding=window // 2, count_include_pad=False)
+    means = nnf.avg_pool2d(I.flatten(0, 1), window, 1, window // 2, count_include_pad=False)
     return means.view(I.shape)
 
 def local_moments(I, J, window):
@@ -173,8 +156,7 @@ def local_moments(I, J, window):
     mean_i, mean_j = local_mean(I, window), local_mean(J, window)
     var_i = (local_mean(I * I, window) - mean_i * mean_i).clamp_min(0)
     var_j = (local_mean(J * J, window) - mean_j * mean_j).clamp_min(0)
-    cov = local_mean(I * J, window) - mean_i * mean_j
-    return mean_i, mean_j, var_i, var_j, cov
+    return mean_i, mean_j, var_i, var_j, local_mean(I * J, window) - mean_i * mean_j
 
 def correlation(I, J, window):
     """Local correlation at every pixel, in [-1, 1]; nearly 0 where one is flat, its deviation below 0.1."""
@@ -193,16 +175,11 @@ def edges(I):
     rows = grey[:, :, :-2] + 2 * grey[:, :, 1:-1] + grey[:, :, 2:]
     columns = grey[..., :-2] + 2 * grey[..., 1:-1] + grey[..., 2:]
     d_x = rows[..., 2:] - rows[..., :-2]
-    d_y = columns[:, :, 2:] - columns[:, :, :-2]
-    gradient = torch.cat([d_x, d_y], dim=1) / 8  # per pixel: Sobel's weights sum to 8
-    return 4 * warp.norm(gradient)[:, None] - 1  # a step from -1 to 1 becomes .6
-
-MEASURES = ("l1", "correlation", "ncc", "ncc-edges", "ssim-edges")
+    d_y = columns[:, :, 2:] - columns[:, :, :-2]  # Sobel's weights sum to 8; a step from -1 to 1 becomes .6:
+    return 4 * warp.norm(torch.cat([d_x, d_y], dim=1) / 8)[:, None] - 1
 
 def mismatch(measure, I, J, window):
     """How little I and J match at each pixel; squared where A may show the contrasts of B inverted."""
-    if measure not in MEASURES:
-        raise ValueError(f"{measure} is not in {MEASURES}")
     if measure == "l1":
         return (I - J).abs()
     if measure == "correlation":
@@ -214,12 +191,10 @@ def mismatch(measure, I, J, window):
     return 1 - ssim(edges(I), edges(J), window)
 
 def distance(measure, I, J, window, scales):
-    """The mean mismatch over pixels and scales 1, 1/2, ...: coarse ones see what is far away. A term of
-    L_recon, eq. (4), is "l1", which rewards a field that pulls blank ground over what does not fit yet; the
-    default, "correlation", does not."""
-    total = mismatch(measure, I, J, window).mean()
-    for _ in range(scales - 1):
-        I = nnf.avg_pool2d(I, 2, ceil_mode=True)
-        J = nnf.avg_pool2d(J, 2, ceil_mode=True)
+    """The mean mismatch over pixels and scales 1, 1/2, ...: coarse ones see what is far away. "l1", as in
+    eq. (4), rewards a field that pulls blank ground over what does not fit yet; "correlation" does not."""
+    total = 0.0
+    for _ in range(scales):
         total = total + mismatch(measure, I, J, window).mean()
+        I, J = (nnf.avg_pool2d(image, 2, ceil_mode=True) for image in (I, J))
     return total / scales

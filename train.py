@@ -2,13 +2,13 @@
 
     python train.py degia                  embedded digits
     python train.py degia --task hands     landmarks of embedded hands
-    python train.py reg                    embedded plants, RGB to infrared
-    python train.py reg --resume           go on with runs/reg
+    python train.py reg                    embedded plants, RGB to infrared; --resume goes on with runs/reg
     torchrun --nproc_per_node=2 train.py reg --out runs/two
 
 All that is random in step k comes from generators seeded by (seed, k): a resumed run needs no random state.
 """
 import argparse
+import functools
 import json
 import os
 import time
@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 import data
@@ -43,13 +41,14 @@ def adam(parameters, o, betas=(0.5, 0.999)):
     optimizer = torch.optim.Adam(parameters, o.lr, betas, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / o.steps))
 
-def average_gradients(optimizer):
-    """Average the gradients over all processes, each of which drew a batch of its own."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if world > 1 and p.grad is not None:
-                dist.all_reduce(p.grad)
-                p.grad /= world
+def average_and_clip(optimizer, *clipped):
+    """Average the gradients over the processes, each with a batch of its own; then clip some networks'."""
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+        if world > 1:
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= world
+    for net in clipped:
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
 
 # ---------------------------------------------------------------- DeGIA: the min/max loop
 def train_degia(o, checkpoint):
@@ -58,7 +57,8 @@ def train_degia(o, checkpoint):
     M, F = degia.build(o, y_src)
     x_src, y_src = x_src.to(device), y_src.to(device)
     c_src = degia.classes_of(y_src, F)
-    groups = [{"params": M.to(device, memory_format=torch.channels_last).parameters(), "lr": o.lr}]
+    groups = [{"params": M.to(device, memory_format=torch.channels_last).parameters()}]
+    clipped = [] if F is None else [F]  # log-densities of images never seen have huge gradients
     if F is not None:
         groups.append({"params": F.to(device).parameters(), "lr": o.flow_lr})
         first = degia.flow_view(data.to_float(x_src[:512]), F.shape)  # ActNorm sets itself from these
@@ -76,7 +76,7 @@ def train_degia(o, checkpoint):
             new = new_samples(o, step, M, F, x_src[picked], y_src[picked], c_src[picked])
             pool["x"] = torch.cat([pool["x"], new])
             pool["source"] = torch.cat([pool["source"], picked])
-            run.saved = 0  # save with the next row of the log: a checkpoint of now would repeat this phase
+            run.saved = 0  # save when this step ends: a checkpoint of now would repeat this phase
             if rank == 0:
                 evaluation.picture_new_samples(x_src, pool, n, run.folder / "new_samples.png")
 
@@ -88,33 +88,28 @@ def train_degia(o, checkpoint):
         j = torch.randint(max(1, len(pool["x"])), (n_new,), **random)  # randint wants a range, even for no j
         x = data.to_float(torch.cat([x_src[i], pool["x"][j]]))
         source = torch.cat([i, pool["source"][j]])
-        y, c = y_src[source], c_src[source]
 
         # ---- minimization, eq. (5): M and F share no parameter, so that one step moves both
         with autocast():
-            losses = {"task": degia.task_loss(M(x)[0], y).mean()}
-        loss = losses["task"]
+            loss = degia.task_loss(M(x)[0], y_src[source]).mean()
+        losses = {"task": loss}
         if F is not None:
             u = torch.rand(batch, *F.shape, **random)  # dequantizes x, eq. (2)
             n = torch.randn(batch, NOISE_DIM, **random)  # shifts the prior, eq. (8)
             with autocast():
-                log_p = F.log_prob(degia.flow_view(x, F.shape), c, u, F.prior.shift(n)).mean()
+                log_p = F.log_prob(degia.flow_view(x, F.shape), c_src[source], u, F.prior.shift(n)).mean()
             loss = loss - log_p / F.dim  # per dimension: thousands of nats would drown l_task
             losses["bits_per_dim"] = bits_per_dim(log_p, F.dim)
         optimizer.zero_grad()
         loss.backward()
-        average_gradients(optimizer)
-        if F is not None:
-            clip_grad_norm_(F.parameters(), 10.0)  # log-densities of images never seen have huge gradients
+        average_and_clip(optimizer, *clipped)
         optimizer.step()
         scheduler.step()
         run.log(losses)
-
     run.finish(lambda: evaluation.evaluate_degia(M, F, domains, run.folder))
 
 def new_samples(o, step, M, F, x_src, y_src, c_src):
-    """The max phase: K steps of ascent on (7) from each image, class by class, as d compares single classes.
-    Each process makes all of them: the same, as its networks are the same."""
+    """The max phase: K steps of ascent on (7) from each image; class by class, as d compares classes."""
     random = {"generator": generator(o, step, ASCENT), "device": device}
     eta = o.eta * torch.rand(len(x_src), 1, 1, 1, **random)  # some stay near, some go far
     u = torch.rand(len(x_src), *(F.shape if F is not None else ()), **random)
@@ -122,16 +117,13 @@ def new_samples(o, step, M, F, x_src, y_src, c_src):
     new = torch.zeros_like(x_src)
     for one in c_src.unique():
         for rows in torch.nonzero(c_src == one)[:, 0].split(256):  # P_x is that of these images
-            x, y, c = data.to_float(x_src[rows]), y_src[rows], c_src[rows]
+            x = data.to_float(x_src[rows])
             with autocast(), torch.no_grad():
                 feature_src = M(x)[1].float()
                 shift = F.prior.shift(n[rows]) if F is not None else None
-
-            def objective(x, y=y, c=c, feature_src=feature_src, u=u[rows], shift=shift):
-                with autocast():
-                    return degia.max_objective(x, y, c, M, F, feature_src, u, shift, o.alpha)
-
-            new[rows] = data.to_uint8(degia.ascend(x, objective, o.K, eta[rows], o.blur))
+            objective = functools.partial(degia.max_objective, y=y_src[rows], c=c_src[rows], M=M, F=F,
+                                          feature_src=feature_src, u=u[rows], shift=shift, alpha=o.alpha)
+            new[rows] = data.to_uint8(degia.ascend(x, autocast()(objective), o.K, eta[rows], o.blur))
     return new
 
 # ---------------------------------------------------------------- registration: the dual-flow loop
@@ -140,29 +132,26 @@ def start_reg(o):
     pairs, modes = data.load_pairs(o)
     A, B = pairs["train"].A.to(device), pairs["train"].B.to(device)
     nets = geomreg.build(o, A.shape[1], B.shape[1])
-    for net in nets.values():
-        net.to(device, memory_format=torch.channels_last)
+    nets = {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
 
     def draw(gen):
         i = torch.randint(len(A), (o.batch // world,), generator=gen, device=device)
         return data.augment(2 * data.to_float(A[i]) - 1, 2 * data.to_float(B[i]) - 1, o.augment, gen)
-
     return pairs, modes, nets, draw
 
 def train_reg(o, checkpoint):
     """Train R and T against D by eq. (6), on unaligned pairs."""
     pairs, modes, nets, draw = start_reg(o)
     R, T, D = nets.values()
-    trained = {"R": list(R.parameters()), "T": list(T.parameters())}
-    trained["both"] = trained["R"] + trained["T"]
+    trained = {"R": [*R.parameters()], "T": [*T.parameters()], "both": [*R.parameters(), *T.parameters()]}
     opt_RT, lr_RT = adam(trained["both"], o)
     opt_D, lr_D = adam(D.parameters(), o)
     run = Run(o, checkpoint, modes, **nets, opt_RT=opt_RT, opt_D=opt_D, lr_RT=lr_RT, lr_D=lr_D)
 
     for step in range(run.step, o.steps):
+        losses = {}
         gen = generator(o, step, BATCH, rank)
         I_a, I_b = draw(gen)
-        losses = {}
 
         # ---- one field, two orders
         with autocast():
@@ -181,7 +170,7 @@ def train_reg(o, checkpoint):
                     losses["D"] = losses["D"] + geomreg.adversarial(D(I_a, O.detach()), real=False)
             opt_D.zero_grad()
             losses["D"].backward()
-            average_gradients(opt_D)
+            average_and_clip(opt_D)
             opt_D.step()
             with autocast():
                 losses["gan"] = sum(geomreg.adversarial(D(I_a, O), real=True) for O in fakes)
@@ -202,24 +191,20 @@ def train_reg(o, checkpoint):
         if o.l1 != "both":  # or L_recon does
             terms.pop("recon").backward(inputs=trained[o.l1], retain_graph=True)
         sum(terms.values()).backward(inputs=trained["both"])  # not D's parameters
-        average_gradients(opt_RT)
-        clip_grad_norm_(trained["R"], 10.0)  # a field that jumps has huge gradients
-        clip_grad_norm_(trained["T"], 10.0)
+        average_and_clip(opt_RT, R, T)  # clipped: a field that jumps has huge gradients
         opt_RT.step()
         lr_RT.step()
         lr_D.step()
         run.log(losses, lambda: evaluation.watch(R, pairs["train"]))
         if rank == 0 and step % max(1, o.steps // 10) == 0:
             evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
-
     run.finish(lambda: evaluation.evaluate_reg(R, pairs, run.folder))
 
 def practice(R, I_a, T_a, gen):
-    """Not in the paper: R finds a known field between A and T's picture of A. Error in shares of the width.
-    The picture is constant: T must not make it easier; light and contrast vary, as T is not yet right."""
+    """Not in the paper: R finds a known field between A and T's picture of A; error in widths."""
     n, _, height, width = I_a.shape
     known = warp.random_field(n, (height, width), data.BEND, data.SHIFT, gen)
-    contrast, light = torch.randn(2, n, 1, 1, 1, generator=gen, device=device)
+    contrast, light = torch.randn(2, n, 1, 1, 1, generator=gen, device=device)  # T is not yet right
     picture = warp.resample(T_a.detach(), known, "border") * (1 + 0.3 * contrast) + 0.2 * light
     with autocast():
         return warp.norm(R(I_a, picture) - known).mean() / width
@@ -242,15 +227,12 @@ def train_R_alone(o, checkpoint):
         smooth = warp.smoothness(phi, moved, o.alpha)
         optimizer.zero_grad()
         (2 * o.recon * recon + stiffness * smooth).backward()  # twice: as the two orders of R + T
-        average_gradients(optimizer)
-        clip_grad_norm_(R.parameters(), 10.0)
+        average_and_clip(optimizer, R)
         optimizer.step()
         scheduler.step()
         run.log({"recon": recon, "smooth": smooth}, lambda: evaluation.watch(R, pairs["train"]))
-
     run.finish(lambda: evaluation.evaluate_reg(R, pairs, run.folder))
 
-# ---------------------------------------------------------------- the folder of a run
 class Run:
     """config.json, log.csv, checkpoint.pt, results.json. parts: all that has a state_dict; extra: a dict."""
     def __init__(self, o, checkpoint, extra, **parts):
@@ -262,13 +244,13 @@ class Run:
         self.rows = checkpoint["log"]
         self.step = checkpoint["step"]
         self.began = time.time() - checkpoint["seconds"]
-        for name, state in checkpoint["state"].items():
-            self.parts[name].load_state_dict(state)
-        for name, value in checkpoint["extra"].items():
-            extra[name] = value.to(device) if torch.is_tensor(value) else value
-        if rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(vars(o), indent=1) + "\n")
+        if o.resume:
+            if checkpoint["state"].keys() != self.parts.keys():
+                raise InputError(f"{o.out}: a checkpoint of {[*checkpoint['state']]}; train again")
+            for name, part in self.parts.items():
+                part.load_state_dict(checkpoint["state"][name])
+            for name, value in checkpoint["extra"].items():
+                extra[name] = value.to(device) if torch.is_tensor(value) else value
         self.save()
 
     def save(self):
@@ -278,22 +260,22 @@ class Run:
             content = {"format": evaluation.FORMAT, "config": vars(self.o), "step": self.step,
                        "log": self.rows, "seconds": self.saved - self.began, "extra": self.extra,
                        "state": {name: part.state_dict() for name, part in self.parts.items()}}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(json.dumps(vars(self.o), indent=1) + "\n")
             torch.save(content, self.folder / "checkpoint.part")
             os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
 
     def log(self, losses, watch=dict):
-        """End a step. Now and then check the losses, log and print their means and what watch() sees, and
-        once a minute save. Only then does anything wait for a GPU."""
+        """End a step; now and then, or to save, check and log the losses: only then we wait for a GPU."""
         self.step += 1
         self.recent.append(torch.stack([loss.detach().float() for loss in losses.values()]))
         last = self.step == self.o.steps
-        if self.step % max(1, min(50, self.o.steps // 100)) and not last:
+        if self.step % max(1, min(50, self.o.steps // 100)) and self.saved and not last:
             return
         values = torch.stack(self.recent).cpu()
         self.recent = []
-        bad = torch.nonzero(~values.isfinite()).tolist()
-        if bad:
-            i, j = bad[0]
+        if not values.isfinite().all():
+            i, j = torch.nonzero(~values.isfinite())[0].tolist()
             step = self.step - len(values) + 1 + i
             raise InputError(f"step {step}: {list(losses)[j]} is {values[i, j]}; try again with a lower --lr")
         if rank == 0:
@@ -303,10 +285,9 @@ class Run:
             evaluation.write_csv(self.rows, self.folder / "log.csv")
             shown = "  ".join(f"{name} {mean:8.4f}" for name, mean in means.items())
             left = seconds * (self.o.steps / self.step - 1)
-            done = f"step {self.step:6d}/{self.o.steps}"
-            print(f"{done}  {shown}  {seconds:6.0f} s  {left:6.0f} s left", flush=True)
-            if last or time.time() - self.saved > 60:
-                self.save()
+            print(f"{self.step:6d}/{self.o.steps}  {shown}  {seconds:6.0f} s  {left:6.0f} s left", flush=True)
+        if last or time.time() - self.saved > 60:
+            self.save()
 
     def finish(self, measure):
         """Measure, write results.json and the curves, print a table."""
@@ -331,21 +312,20 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 def number(kind, low, high=float("inf")):
-    """A type for add_argument: a number from low to high."""
-    def convert(text):
+    def number(text):  # argparse names it where the text is none
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
-    convert.__name__ = kind.__name__  # argparse names it where the text is no number at all
-    return convert
+    return number
 
-def make_parser():
+def parse(argv):
+    """The options o, and the names of those that were given."""
     count, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     programs = parser.add_subparsers(dest="program", required=True)
-    show_defaults = argparse.ArgumentDefaultsHelpFormatter
+    show = argparse.ArgumentDefaultsHelpFormatter
     for name in ("degia", "reg"):
-        add = programs.add_parser(name, formatter_class=show_defaults, allow_abbrev=False).add_argument
+        add = programs.add_parser(name, formatter_class=show, allow_abbrev=False).add_argument
         add("--out", default=f"runs/{name}", help="run folder; runs/hands for hands")
         add("--data", default="embedded", help="or a folder of files, as the README lays it out")
         add("--train", type=count, help="images or embedded pairs; None: 10,000, hands 3,000 or a folder")
@@ -356,7 +336,7 @@ def make_parser():
         add("--resume", action="store_true", help="go on with the run in --out, with its options")
         add("--paper", action="store_true", help="the paper's values, where it states them")
 
-    programs.choices["degia"].set_defaults(steps=900, batch=128, lr=5e-4)
+    programs.choices["degia"].set_defaults(steps=900, batch=128, lr=5e-4, blur=5)
     add = programs.choices["degia"].add_argument
     add("--task", choices=("digits", "hands"), default="digits", help="what M learns")
     add("--method", choices=("degia", "pure", "ada"), default="degia", help="pure: M alone; ada: no F")
@@ -370,7 +350,6 @@ def make_parser():
     add("--share", type=share, default=0.5, help="share of new samples in a batch")
     add("--K", type=count, default=5, help="ascent steps of a max phase")
     add("--eta", type=weight, default=0.4, help="largest root mean square change of an ascent step")
-    add("--blur", type=int, choices=(1, 3, 5, 7, 9), default=5, help="mean that smooths the gradient")
     add("--alpha", type=weight, default=1.0, help="weight of the two distances in (7)")
     add("--lam", type=weight, default=0.1, help="scale lambda of the noise shift in (8)")
     add("--flow-size", type=number(int, 4), default=8, help="side of the image that F sees")
@@ -396,20 +375,13 @@ def make_parser():
     add("--match", choices=geomreg.MEASURES, default="correlation", help="what L_recon compares by")
     add("--window", type=int, choices=(3, 5, 7, 9), default=5, help="of correlation and SSIM")
     add("--practice", type=weight, default=50.0, help="weight of R's practice on known fields")
-    add("--R-width", type=count, default=24, help="channels of R")
-    add("--T-width", type=count, default=16, help="channels of T")
+    for net, width in (("R", 24), ("T", 16), ("D", 16)):
+        add(f"--{net}-width", type=count, default=width, help=f"channels of {net}")
     add("--T-blocks", type=number(int, 0), default=0, help="residual blocks of T; 0: two convolutions")
-    add("--D-width", type=count, default=16, help="channels of D")
-    return parser, programs.choices
 
-def parse(argv):
-    """The options o, and the names of those that were given."""
-    parser, programs = make_parser()
     o = parser.parse_args(argv)
-    if o.task == "hands":
-        programs["degia"].set_defaults(**HANDS)
-    if o.paper:
-        programs[o.program].set_defaults(**PAPER[o.task])
+    changed = (HANDS if o.task == "hands" else {}) | (PAPER[o.task] if o.paper else {})
+    programs.choices[o.program].set_defaults(**changed)
     o = parser.parse_args(argv)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     if o.program == "degia" and (o.flow_size > o.size or o.flow_size % 4):
@@ -427,8 +399,7 @@ def main(argv):
         config = {**checkpoint["config"], "out": o.out, "resume": True}
         for name in given:
             if config[name] != vars(o)[name]:
-                option = name.replace("_", "-")
-                raise InputError(f"{o.out}: was started with another --{option}, {config[name]}; omit it")
+                raise InputError(f"{o.out}: has another --{name.replace('_', '-')}, {config[name]}; omit it")
         o = argparse.Namespace(**config)
     elif (Path(o.out) / "checkpoint.pt").exists():
         raise InputError(f"{o.out}: holds a run already; go on with --resume, or choose another --out")
@@ -436,16 +407,14 @@ def main(argv):
         raise InputError(f"--batch {o.batch}: not a multiple of the {world} processes; change it")
     if world > 1:
         own_gpu = device.type == "cuda" and torch.cuda.device_count() >= world  # NCCL needs one per process
-        dist.init_process_group("nccl" if own_gpu else "gloo")
+        torch.distributed.init_process_group("nccl" if own_gpu else "gloo")
     torch.manual_seed(o.seed)  # for the first values of the networks: the same in each process
-    if o.program == "degia":
-        train_degia(o, checkpoint)
-    elif o.similarity == "translation":
-        train_reg(o, checkpoint)
-    else:
-        train_R_alone(o, checkpoint)
+    train = train_degia if o.program == "degia" else train_reg
+    if o.program == "reg" and o.similarity != "translation":
+        train = train_R_alone
+    train(o, checkpoint)
     if world > 1:
-        dist.barrier()
+        torch.distributed.barrier()
         os._exit(0)  # gloo's threads abort a process now and then if they outlive it
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
     I     image (B, C, H, W)
     v, u  pixels (x, y): x right, y down; the centre of the top-left pixel is (0, 0)
     phi   displacement field (B, 2, H, W) in pixels; channel 0 is x, channel 1 is y
-
 R_S(I, phi)[v] = I[v + phi(v)]: with phi = (1, 0) everywhere each pixel shows its right neighbour. So what I
 holds at p is seen at the v with v + phi(v) = p.
 """
@@ -14,8 +13,7 @@ import torch.nn.functional as nnf
 
 STIFFNESS_WIDTH = 256  # lambda_S of eq. (6) means at every image size what it means at this width
 
-def pixel_grid(height, width, like):
-    """The coordinates v of all pixels: (1, 2, H, W), x and y."""
+def pixel_grid(height, width, like):  # the coordinates v of all pixels: (1, 2, H, W), x and y
     x = torch.arange(width, device=like.device, dtype=like.dtype)
     y = torch.arange(height, device=like.device, dtype=like.dtype)
     return torch.stack(torch.meshgrid(x, y, indexing="xy"))[None]
@@ -33,27 +31,22 @@ def resample(I, phi, padding="zeros"):
     v = pixel_grid(*phi.shape[2:], like=phi)
     return sample_at(I.to(phi.dtype), v + phi, padding)
 
-def norm(v):
-    """Euclidean norm over channels: (B, H, W). `linalg.vector_norm` is many times slower here."""
+def norm(v):  # Euclidean, over channels: (B, H, W); `linalg.vector_norm` is many times slower here
     return (v.square().sum(1) + 1e-12).sqrt()  # the summand keeps the gradient finite at 0
 
 def difference(I, dx, dy):
     """I[v + (dx, dy)] - I[v] wherever both exist; dx is -1, 0 or 1, dy is 0 or 1."""
     height, width = I.shape[2:]
     here = I[:, :, :height - dy, max(0, -dx):width - max(0, dx)]
-    there = I[:, :, dy:, max(0, dx):width + min(0, dx)]
-    return there - here
+    return I[:, :, dy:, max(0, dx):width + min(0, dx)] - here
 
-def scaled(phi, x, y):
-    """phi with its two channels multiplied by numbers. (A tensor of them would have to travel to the GPU.)"""
+def scaled(phi, x, y):  # its two channels, multiplied by numbers: a tensor of them would travel to the GPU
     return torch.stack([x * phi[:, 0], y * phi[:, 1]], dim=1)
 
 def smoothness(phi, O_s, alpha):
     """L_smooth, eq. (2): mean over v of the sum over its 8 neighbours u of B(u, v) ||phi(u) - phi(v)||.
-
     B lets phi bend where O_s (B, C, H, W) has an edge. O_s is a constant here: R could otherwise lower this
-    loss by putting edges into the image. phi counts in half-sides; a finer image has closer neighbours.
-    """
+    loss by putting edges into the image. phi counts in half-sides; a finer image has closer neighbours."""
     height, width = phi.shape[2:]
     phi = scaled(phi, 2 / max(width - 1, 1), 2 / max(height - 1, 1))
     total = 0.0
@@ -69,26 +62,20 @@ def resize_field(phi, size):
     return scaled(nnf.interpolate(phi, size=size, mode="bilinear"), size[1] / width, size[0] / height)
 
 def random_field(n, size, bend, shift, gen):
-    """n smooth fields (n, 2, H, W), cubic between 3x3 knots. In shares of the sides, each knot moves by a
-    deviation `bend`, all together by `shift`."""
+    """n fields (n, 2, H, W), cubic between 3x3 knots; in sides, `bend` moves each, `shift` all."""
     knots = bend * torch.randn(n, 2, 3, 3, generator=gen, device=gen.device)
     whole = shift * torch.randn(n, 2, 1, 1, generator=gen, device=gen.device)
-    phi = nnf.interpolate(knots + whole, size=size, mode="bicubic", align_corners=True)
-    return scaled(phi, size[1], size[0])
+    return scaled(nnf.interpolate(knots + whole, size=size, mode="bicubic", align_corners=True), *size[::-1])
 
 def warp_points(points, phi, iterations=200):
     """Where what I shows at points p (B, N, 2) is seen in R_S(I, phi): the q (B, N, 2) with q + phi(q) = p.
-
     Each step goes half of the way left over: a whole step overshoots, ever further, where phi stretches with
-    a slope above 1; half a step finds q up to a slope of 3. NaN where 0.1 px is left: phi folds.
-    """
-    p = points.transpose(1, 2)[..., None].to(phi)  # (B, 2, N, 1)
-    q = p
+    a slope above 1; half a step finds q up to a slope of 3. NaN where 0.1 px is left: phi folds."""
+    p = q = points.transpose(1, 2)[..., None].to(phi)  # (B, 2, N, 1)
     for _ in range(iterations):
         left_over = p - q - sample_at(phi, q, "border")
         q = q + 0.5 * left_over
-    found = norm(left_over)[:, None] < 0.1
-    return torch.where(found, q, math.nan)[..., 0].transpose(1, 2)
+    return torch.where(norm(left_over)[:, None] < 0.1, q, math.nan)[..., 0].transpose(1, 2)
 
 def jacobian_determinant(phi):
     """det of d(v + phi)/dv: (B, H-1, W-1), forward differences. At 0 and below the field folds."""
