@@ -1,14 +1,12 @@
-"""Data: digits, hands and plants drawn with Pillow, and readers of a user's own files.
-
+"""Data: digits, hands and plants drawn with Pillow from a seed alone, and readers of a user's own files.
 Images are uint8 (N, C, H, W). Points are (x, y), x right and y down: in pixels, where the centre of the
-top-left pixel is (0, 0), or in shares of the sides, (pixel + 0.5) / side. Drawings depend on a seed alone.
-"""
+top-left pixel is (0, 0), or in shares of the sides, (pixel + 0.5) / side."""
 import csv
 import gzip
-import math
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from math import cos, pi, sin
 from pathlib import Path
 
 import numpy as np
@@ -19,38 +17,39 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 import warp
 
 UNSEEN_LOOKS = ("difference", "paint", "chalk")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = ".png .jpg .jpeg .bmp .tif .tiff .webp".split()
 TEST_SEED = 999_003  # the digits, hands and scenes that are measured are the same for every --seed
 BEND, SHIFT = 0.088, 0.02  # how plants are misaligned: at 3x3 knots, and as a whole; in shares of the sides
+RADII = (0.10, 0.10, 0.10, 0.09, 0.11)  # of fingers, index to little, and thumb, in palm lengths
+KNUCKLES = np.array([[-30, -10, 11, 30, -40], [-96, -100, -95, -84, -34]]).T / 100  # x, y from the wrist
+BONES = np.array([[46, 52, 48, 37, 36], [28, 32, 30, 22, 34], [22, 23, 23, 20, 24]]).T / 100
+DIRECTIONS = (-0.14, -0.03, 0.08, 0.20, -0.65)  # radians from upwards
+Thing = namedtuple("Thing", "points depth rgb warmth salient")  # outline, two ends of a mark; depth 1: near
+Pairs = namedtuple("Pairs", "A B points salient")  # the last two are None where there are no landmarks
+POT = np.array([[-30, 0, 30, 24, 18, -18, -24, 15, -9], [0, 0, 0, 24, 48, 48, 24, 0, 24]]).T / 200
+STONE = np.array([[cos(a), sin(a)] for a in np.arange(12) * pi / 6] + [[0.5, 0], [-0.5, 0]])
 
 class InputError(Exception):
     """What a user can mend; the message names the file or value, and the remedy."""
 
-def to_tensor(picture):
-    """A Pillow picture as uint8 (C, H, W)."""
+def to_tensor(picture):  # a Pillow picture as uint8 (C, H, W)
     return torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1)
 
-def to_uint8(images):
-    """Images in [0, 1], clamped and rounded to their 256 levels."""
+def to_uint8(images):  # images in [0, 1], clamped and rounded to their 256 levels
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
-def to_float(images):
-    """uint8 images in [0, 1]; channels_last is the layout that convolutions like best."""
+def to_float(images):  # uint8 images in [0, 1]; channels_last is the layout that convolutions like best
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
-def clouds(size, cells, grey, spread, rng):
-    """A smooth RGB background: cells x cells colours around a level of grey, enlarged."""
+def clouds(size, cells, grey, spread, rng):  # a smooth background: cells x cells colours around a grey
     pixels = grey + rng.uniform(-spread, spread, (cells, cells, 1)) + rng.uniform(-30, 30, (cells, cells, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).resize(size, Image.BICUBIC)
 
-def photograph(picture, rng):
-    """A picture at half its size and with the noise of a sensor: uint8 (C, H, W)."""
+def photograph(picture, rng):  # at half its size and with the noise of a sensor: uint8 (C, H, W)
     I = np.asarray(picture.reduce(2))
     return to_tensor((I + 5 * rng.standard_normal(I.shape, np.float32)).clip(0, 255).astype(np.uint8))
 
-# ---------------------------------------------------------------- digits
-def make_digits(n, size, seed):
-    """n digits, white on black, slanted, stretched and bent: (n, 1, size, size) in [0, 1]; labels (n,)."""
+def make_digits(n, size, seed):  # slanted, stretched, bent: (n, 1, size, size) in [0, 1]; labels (n,)
     rng = np.random.default_rng(seed)
     font = ImageFont.load_default(size=3.4 * size)
     centre = (2 * size, 2 * size)
@@ -60,16 +59,14 @@ def make_digits(n, size, seed):
         canvas = Image.new("L", (4 * size, 4 * size))
         thickness = round(rng.uniform(0, 0.2) * size)
         ImageDraw.Draw(canvas).text(centre, str(label), 255, font, anchor="mm", stroke_width=thickness)
-        # Pillow asks for the map from new places to old ones: old = A (new - centre) + centre + shift
         A = np.diag(rng.uniform(0.9, 1.4, 2)) + rng.uniform(-0.35, 0.35, (2, 2))
-        b = centre - A @ centre + rng.uniform(-0.3, 0.3, 2) * size
+        b = centre - A @ centre + rng.uniform(-0.3, 0.3, 2) * size  # Pillow maps new places to old
         canvas = canvas.transform(canvas.size, Image.AFFINE, (*A[0], b[0], *A[1], b[1]), Image.BILINEAR)
         digits.append(to_tensor(canvas.reduce(4)) / 255)
     field = warp.random_field(n, (size, size), 0.04, 0.0, torch.Generator().manual_seed(seed))
     return warp.resample(torch.stack(digits), field), torch.from_numpy(labels)
 
-def apply_look(look, x, seed):
-    """Grey digits x (B, 1, S, S) in [0, 1] in the colours and textures of a domain: uint8 (B, 3, S, S)."""
+def apply_look(look, x, seed):  # digits x (B, 1, S, S) in [0, 1] as a domain shows them: uint8 (B, 3, S, S)
     if look == "source":
         return to_uint8(x).expand(-1, 3, -1, -1)
     gen = torch.Generator().manual_seed(seed)
@@ -88,14 +85,7 @@ def apply_look(look, x, seed):
         x = nnf.avg_pool2d(x * (gaps > 0.4) + 0.5 * scene, 3, stride=1, padding=1) + 0.2 * grain - 0.1
     return to_uint8(x)
 
-# ---------------------------------------------------------------- hands
-RADII = (0.10, 0.10, 0.10, 0.09, 0.11)  # of index, middle, ring and little finger, thumb, in palm lengths
-KNUCKLES = np.array([[-30, -10, 11, 30, -40], [-96, -100, -95, -84, -34]]).T / 100  # x, y from the wrist
-BONES = np.array([[46, 52, 48, 37, 36], [28, 32, 30, 22, 34], [22, 23, 23, 20, 24]]).T / 100
-DIRECTIONS = (-0.14, -0.03, 0.08, 0.20, -0.65)  # radians from upwards
-
-def pose_hand(rng):
-    """A random left hand (5 fingers, 5, 3): wrist, knuckle, two joints, tip; x, y, and z to the camera."""
+def pose_hand(rng):  # left, (5 fingers, 5, 3): wrist, knuckle, two joints, tip; x, y, and z to the camera
     joints = np.zeros((5, 5, 3))
     joints[:, 0, 0] = 0.45 * KNUCKLES[:, 0]
     joints[:, 1, :2] = KNUCKLES
@@ -103,26 +93,23 @@ def pose_hand(rng):
     fist = rng.uniform(0.2, 1.4) * rng.integers(2)  # half of the hands are open
     for joint, bones, direction in zip(joints, BONES, DIRECTIONS):
         angle = spread * direction + rng.uniform(-0.1, 0.1)
-        along = np.array([math.sin(angle), -math.cos(angle), 0])
+        along = np.array([sin(angle), -cos(angle), 0])
         curl = fist * rng.integers(2) + rng.uniform(0, 0.3)
         for k, bend in enumerate(np.cumsum([0.6 * curl, curl, curl])):
-            joint[k + 2] = joint[k + 1] + bones[k] * (math.cos(bend) * along + [0, 0, math.sin(bend)])
+            joint[k + 2] = joint[k + 1] + bones[k] * (cos(bend) * along + [0, 0, sin(bend)])
     turn = rng.uniform(-0.7, 0.7)
-    joints[..., :2] @= [[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]]
+    joints[..., :2] @= [[cos(turn), sin(turn)], [-sin(turn), cos(turn)]]
     joints[..., 2] += joints[..., :2] @ rng.uniform(-0.4, 0.4, 2)  # tilted to the camera or away from it
     return joints
 
-def stroke(picture, start, end, radius, colour):
-    """Draw a thick line with round ends; of the points only x and y count."""
+def stroke(picture, start, end, radius, colour):  # a thick line with round ends; z does not count
     pen = ImageDraw.Draw(picture)
     colour = tuple(map(int, colour))
     pen.line([*start[:2], *end[:2]], colour, round(2 * radius))
     for point in (start, end):
         pen.circle(point[:2], radius, colour)
 
-def draw_hand(size, rng):
-    """One hand as RGB, depth and X-ray (3, size, size), and its 17 landmarks (34,) in shares of the side."""
-    side = 2 * size
+def draw_hand(side, rng):  # RGB, depth and X-ray at half that side, and 17 landmarks (34,) in shares of it
     joints = pose_hand(rng)
     low = joints[:, 1:, :2].min((0, 1))
     extent = joints[:, 1:, :2].max((0, 1)) - low
@@ -134,49 +121,38 @@ def draw_hand(size, rng):
     bones += [(wrist, wrist + [0, 1.7 * palm, 0], 0.14 * palm) for wrist in joints[[0, 3], 0]]  # the arm
     rgb = clouds((side, side), 5, rng.uniform(60, 180), 60, rng)  # mostly grey, as rooms are
     depth = Image.new("L", (side, side), int(rng.integers(10, 60)))
-    flesh = Image.new("L", (side, side))
-    skeleton = flesh.copy()
+    flesh, skeleton = (Image.new("L", (side, side)) for _ in range(2))
     skin = rng.uniform(120, 250) * np.array([0.95, 0.72, 0.60])
     for start, end, radius in sorted(bones, key=lambda bone: bone[0][2] + bone[1][2]):  # far ones first
-        near = 130 + 35 * (start[2] + end[2]) / palm
-        for k in range(3):  # narrower and brighter strokes on one another look round
+        for k in range(3):  # narrower and brighter strokes on one another look round; what is near, bright
             stroke(rgb, start, end, radius * (1 - 0.3 * k), skin * (0.7 + 0.15 * k))
-            stroke(depth, start, end, radius * (1 - 0.3 * k), [near + 8 * k])
+            stroke(depth, start, end, radius * (1 - 0.3 * k), [130 + 35 * (start[2] + end[2]) / palm + 8 * k])
         stroke(flesh, start, end, radius, [90])
         gap = 0.1 * (end - start)  # at the joints
         stroke(skeleton, start + gap, end - gap, 0.35 * radius, [110])
-    film = 20.0 + np.asarray(flesh.filter(ImageFilter.GaussianBlur(size / 24))) + np.asarray(skeleton)
+    film = 20.0 + np.asarray(flesh.filter(ImageFilter.GaussianBlur(side / 48))) + np.asarray(skeleton)
     xray = Image.fromarray((film * np.linspace(*rng.uniform(0.6, 1, 2), side)).astype(np.uint8))  # uneven
     landmarks = np.concatenate([joints[:4, 1:].reshape(16, 3), joints[4:, 4]])  # fingers, the thumb's tip
     views = [photograph(picture, rng).expand(3, -1, -1) for picture in (rgb, depth, xray)]
     return *views, torch.tensor(landmarks[:, :2] / side).float().flatten()
 
-def make_hands(n, size, seed):
-    """{"source": RGB, "depth", "xray": (n, 3, size, size)} and landmarks (n, 34), shares of the side."""
+def make_hands(n, size, seed):  # {"source": RGB, "depth", "xray": (n, 3, size, size)}; landmarks (n, 34)
     rng = np.random.default_rng(seed)
-    *views, landmarks = map(torch.stack, zip(*(draw_hand(size, rng) for _ in range(n))))
+    *views, landmarks = map(torch.stack, zip(*(draw_hand(2 * size, rng) for _ in range(n))))
     return dict(zip(("source", "depth", "xray"), views)), landmarks
 
-# ---------------------------------------------------------------- plants
-Thing = namedtuple("Thing", "points depth rgb warmth salient")  # outline, two ends of a mark; depth 1: near
-Pairs = namedtuple("Pairs", "A B points salient")  # the last two are None where there are no landmarks
-POT = np.array([[-30, 0, 30, 24, 18, -18, -24, 15, -9], [0, 0, 0, 24, 48, 48, 24, 0, 24]]).T / 200
-STONE = np.array([[math.cos(a), math.sin(a)] for a in np.arange(12) * math.pi / 6] + [[0.5, 0], [-0.5, 0]])
-LABEL = STONE[[0, 3, 6, 9, 12, 13]]
-
-def plant_scene(rng):
-    """The things of a random scene, far ones first. Each has a bright mark, whose two ends are landmarks."""
+def plant_scene(rng):  # random things, far ones first; each has a bright mark, whose two ends are landmarks
     things = []
     for _ in range(5):
         stone = rng.uniform([0, 0.7], [1, 1]) + rng.uniform(0.05, 0.08) * STONE
         things.append(Thing(stone, rng.uniform(0, 0.5), (0.8, 0.75, 0.65), 0.75, False))
-        label = rng.uniform([0, 0.05], [1, 0.6]) + rng.uniform(0.06, 0.09) * LABEL
+        label = rng.uniform([0, 0.05], [1, 0.6]) + rng.uniform(0.06, 0.09) * STONE[[0, 3, 6, 9, 12, 13]]
         things.append(Thing(label, rng.uniform(0, 0.5), (0.15, 0.1, 0.2), 0.1, False))
     root = rng.uniform([0.38, 0.66], [0.62, 0.78])
     things.append(Thing(root + POT, 0.5, (0.7, 0.35, 0.2), 0.8, False))
     for _ in range(8):
         angle, length, width = rng.uniform([-3.0, 0.28, 0.06], [-0.14, 0.48, 0.09])
-        along = np.array([math.cos(angle), math.sin(angle)])
+        along = np.array([cos(angle), sin(angle)])
         t = np.linspace(0, 1, 9)[:, None]
         midrib = root + length * (t * along + rng.uniform(0, 0.6) * t ** 2 * [0, 1])  # it droops
         half = width * np.sin(np.pi * t) * along[::-1] * [-1, 1]
@@ -184,18 +160,15 @@ def plant_scene(rng):
         things.append(Thing(leaf, rng.uniform(0.4, 1), (0.25, 0.6, 0.2), 0.2, True))
     return sorted(things, key=lambda thing: thing.depth)
 
-def draw_scene(things, size, modality, rng):
-    """A picture of the things; the ends of all marks (P, 2) in pixels; which of them are visible (P,)."""
+def draw_scene(things, size, modality, rng):  # the picture; all ends of marks (P, 2) in pixels; visible? (P,)
     sides = np.array(size[::-1])
     picture = clouds(2 * sides, 6, rng.uniform(80, 130), 25, rng).convert("RGB" if modality == "rgb" else "L")
     owner = Image.new("L", size[::-1])  # the number of the thing that a pixel shows
     pen = ImageDraw.Draw(picture)
-    for number, thing in enumerate(things, 1):
-        levels = {"rgb": thing.rgb, "ir": [thing.warmth], "depth": [0.2 + 0.7 * thing.depth]}[modality]
-        colour = 255 * np.array(levels)
-        if modality != "depth":
-            colour *= rng.uniform(0.75, 1.25, len(colour))
-        *outline, start, end = sides * thing.points
+    for number, (points, depth, rgb, warmth, _) in enumerate(things, 1):
+        colour = 255 * np.array({"rgb": rgb, "ir": [warmth], "depth": [0.2 + 0.7 * depth]}[modality])
+        colour *= 1 if modality == "depth" else rng.uniform(0.75, 1.25, len(colour))
+        *outline, start, end = sides * points
         pen.polygon((2 * np.ravel(outline)).tolist(), tuple(map(int, colour)))
         ImageDraw.Draw(owner).polygon(np.ravel(outline).tolist(), number)
         if modality != "depth":  # a painted mark has no relief
@@ -205,15 +178,13 @@ def draw_scene(things, size, modality, rng):
     shown = np.asarray(owner)[row, column] == np.repeat(np.arange(len(things)) + 1, 2)
     return photograph(picture, rng), ends - 0.5, shown & ((ends > 0) & (ends < sides)).all(1)
 
-def misaligned(thing, knots, shift):
-    """The thing, moved by a shift and by a field quadratic in x and in y, through 3x3 knots (3, 3, 2)."""
+def misaligned(thing, knots, shift):  # moved by a field quadratic in x and in y, through 3x3 knots
     p = thing.points - 0.5
     x, y = np.stack([p * (2 * p - 1), 1 - 4 * p * p, p * (2 * p + 1)]).T  # Lagrange's polynomials
     return thing._replace(points=thing.points + np.einsum("pi,pj,ijk->pk", y, x, knots) + shift)
 
 def make_plants(n, size, seed, modality="ir", rig=False):
-    """n random pairs, misaligned by a smooth field and parallax, steadier on a rig: A (n, 3, H, W),
-    B (n, 1, H, W), landmarks (n, P, 4), pixels in A and B, NaN where hidden; salient (n, P): on the plant."""
+    """n misaligned pairs, less on a rig; points (n, P, 4): pixels, NaN if hidden; salient: on the plant."""
     rng = np.random.default_rng(seed)
     share, mean, slope = (0.35, [0.07, 0.04], [0.10, 0]) if rig else (1, 0, 0)  # rig: two cameras
     pairs = []
@@ -230,36 +201,32 @@ def make_plants(n, size, seed, modality="ir", rig=False):
         pairs.append((A, B, torch.tensor(points).float(), salient))
     return Pairs(*map(torch.stack, zip(*pairs)))
 
-# ---------------------------------------------------------------- a user's files, and what train.py asks for
 @contextmanager
-def blaming(what, remedy):
-    """Whatever fails inside becomes an InputError: what is wrong, the reason, and the remedy."""
+def blaming(what, remedy):  # whatever fails inside becomes an InputError: what, the reason, the remedy
     try:
         yield
     except Exception as error:  # which one depends on the bytes of the file
         raise InputError(f"{what} ({error}); {remedy}") from None
 
-def stretch(pixels):
-    """Deep pixels as 8 bits, from the .5 to the 99.5 percentile of the finite ones above the lowest value."""
+def stretch(pixels):  # deep ones as 8 bits, from the .5 to the 99.5 percentile of those that count
     inside = np.isfinite(pixels)
     inside &= pixels > pixels[inside].min(initial=np.inf)  # often padding or "no data": it alone gets black
-    levels = np.zeros(pixels.shape, np.uint8)
-    if inside.any():
-        low, high = np.percentile(pixels[inside], (0.5, 99.5))
-        levels[inside] = (1 + 254 * ((pixels[inside] - low) / max(high - low, 1e-6)).clip(0, 1)).round()
-    return Image.fromarray(levels)
+    low, high = np.percentile(pixels[inside], (0.5, 99.5)) if inside.any() else (0, 1)
+    if low == high and inside.any():  # a few bright spots
+        low, high = pixels[inside].min(), pixels[inside].max()
+    levels = 1 + 254 * ((pixels - low + 1e-6) / (high - low + 1e-6)).clip(0, 1)
+    return Image.fromarray(np.where(inside, levels.round(), 0).astype(np.uint8))
 
 def open_image(path, mode="RGB"):
-    """The file as an upright picture of 8 bits, "RGB", "L" (grey) or, with mode None, whichever it is."""
+    """The file, upright, on black, 8 bits deep: "RGB", "L" (grey) or, with mode None, whichever it is."""
     with blaming(f"{path}: not a readable image", "save as one 8-bit RGB or grey"), Image.open(path) as image:
         pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo, its preview
         deep = ";16" in str(image.tile) and image.mode[0] not in "IF"  # Pillow would drop the low bytes
         if pages > 1 or deep or image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
             raise ValueError(f"{pages} pages, {image.mode}{' of 16 bits' if deep else ''}")
         picture = ImageOps.exif_transpose(image)
-        if picture.mode[0] in "IF":
-            picture = stretch(np.asarray(picture, np.float32))
-        if picture.has_transparency_data:  # what is transparent is laid on black
+        picture = stretch(np.asarray(picture, np.float32)) if picture.mode[0] in "IF" else picture
+        if picture.has_transparency_data:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
         return picture.convert("RGB").convert(mode or ("L" if image.mode[0] in "1LIF" else "RGB"))
 
@@ -272,8 +239,7 @@ def read_images(files, size, mode="RGB", with_sides=False):
     images = torch.stack(torch.broadcast_tensors(*images))  # one coloured image makes all of them coloured
     return (images, sides) if with_sides else images
 
-def list_images(folder):
-    """{stem: path} of the images of a folder, sorted; names that begin with a dot are some system's own."""
+def list_images(folder):  # {stem: path}, sorted; names that begin with a dot are some system's own
     files = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     found = {path.stem: path for path in files}
     if not files or len(found) < len(files):
@@ -307,11 +273,11 @@ def load_mnist(folder, split, size):
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             shape = np.frombuffer(content, ">i4", dimensions, offset=4)
             arrays.append(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape))
-    images, labels = map(torch.tensor, arrays)
-    if not 0 < len(images) == len(labels) or labels.max() > 9:
-        raise InputError(f"{folder}: {len(images)} images, {len(labels)} labels up to {max([0, *labels])}; fetch again")
-    images = nnf.interpolate(images[:, None] / 255, (size, size), mode="bilinear", antialias=True)
-    return images.clamp(0, 1), labels.long()
+    x, y = map(torch.tensor, arrays)
+    top = max(y.tolist(), default=10)
+    if len(x) != len(y) or top > 9:
+        raise InputError(f"{folder}: {len(x)} images, {len(y)} labels up to {top}, not digits; fetch again")
+    return nnf.interpolate(x[:, None] / 255, (size, size), mode="bilinear", antialias=True), y.long()
 
 def load_mnist_m(folder, size):
     """Images (N, 3, size, size) and labels of a split of MNIST-M in a folder: NAME/ and NAME_labels.txt."""
@@ -338,8 +304,7 @@ def load_landmarks(folder, size):
             raise InputError(f"{path}: has {len(found)} lines in landmarks.csv, needs one; correct it")
     return x, torch.cat(rows).float()
 
-def finish(o, x, y, domains, read):
-    """The training data that --train asks for; the domains, with the user's folders under their names."""
+def finish(o, x, y, domains, read):  # as many as --train asks for; the user's folders among the domains
     if len(x) < (o.train or 1):
         raise InputError(f"--train {o.train or 1}: there are only {len(x)} training images; ask for fewer")
     for folder in [Path(name).resolve() for name in o.unseen]:
@@ -368,8 +333,7 @@ def load_hands(o):
     held_out = torch.arange(len(x)) % 10 == 0
     return finish(o, x[~held_out], y[~held_out], {"source": (x[held_out], y[held_out])}, load_landmarks)
 
-def read_pairs(folder, size, modes):
-    """The pairs of a split, A and B of one name, with their landmarks in pixels at `size`."""
+def read_pairs(folder, size, modes):  # a split: A and B of one name, with their landmarks in pixels at `size`
     a, b = (list_images(folder / side) for side in "AB")
     for stem in a.keys() ^ b.keys():
         raise InputError(f"{a.get(stem) or b[stem]}: no partner of that name; add one or remove it")
@@ -395,16 +359,10 @@ def load_pairs(o, modes=None):
     test = read_pairs(folder / "test", size, modes) if (folder / "test").is_dir() else train
     return {"train": train, "test": test}, modes
 
-def augment(I_a, I_b, crop, gen):
-    """A batch of pairs seen otherwise: both flipped and cropped (by up to `crop`) alike, A bent anew."""
-    n, _, height, width = I_a.shape
-    random = {"generator": gen, "device": gen.device}
-    flip = torch.rand(n, 1, 1, 1, **random) < 0.5
+def augment(I_a, I_b, bend, gen):
+    """Both flipped or not; A alone bent, by `bend` sides (std) at 3x3 knots: honest for unaligned pairs."""
+    flip = torch.rand(len(I_a), 1, 1, 1, generator=gen, device=gen.device) < 0.5
     I_a, I_b = (torch.where(flip, I.flip(3), I) for I in (I_a, I_b))
-    if crop > 0:
-        cut = crop * torch.rand(n, 1, 1, 1, **random)
-        v = warp.pixel_grid(height, width, like=I_a)
-        zoom = cut * (torch.rand(n, 2, 1, 1, **random) * v[..., -1:, -1:] - v)  # to a random centre
-        I_a, I_b = (warp.resample(I, zoom, "border") for I in (I_a, I_b))
-        I_a = warp.resample(I_a, warp.random_field(n, (height, width), crop / 5, 0.0, gen), "border")
+    if bend > 0:
+        I_a = warp.resample(I_a, warp.random_field(len(I_a), I_a.shape[2:], bend, 0.0, gen), "border")
     return I_a, I_b

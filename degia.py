@@ -146,7 +146,6 @@ def ascend(x_src, objective, K, eta, blur):
         x = (x.detach() + eta * g / rms).clamp(0, 1)
     return x
 
-# ---------------------------------------------------------------- the classes that F is conditioned on
 def classes_of(y, F):
     """The class c of each target: a digit itself, of landmarks the nearest of F's poses; 0 without F."""
     if F is None:

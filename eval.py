@@ -22,7 +22,6 @@ import data
 import degia
 import geomreg
 import warp
-from data import InputError
 from flows import bits_per_dim
 
 FORMAT = "degia and geomreg, version 2"
@@ -34,12 +33,10 @@ if torch.cuda.is_available():
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
 
-def autocast():
-    """bfloat16 for convolutions and full layers where the hardware multiplies it; all else stays float32."""
+def autocast():  # bfloat16 for layers where the hardware multiplies it; all else stays float32
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
-def save_grid(rows, path, outputs=None):
-    """Write rows {label: images (N, C, H, W) in [0, 1]}; outputs: [(M(x), y), ...] of each row, to draw."""
+def save_grid(rows, path, outputs=None):  # {label: images in [0, 1]}; on them [(M(x), y), ...] of each row
     columns = max(map(len, rows.values()))
     side = max(128, min(384, 1536 // columns))
     margin = 12 + 7 * max(map(len, rows))
@@ -50,26 +47,22 @@ def save_grid(rows, path, outputs=None):
         for j, image in enumerate(pixels):
             picture = ImageOps.contain(Image.fromarray(image), (side, side), Image.Resampling.BOX)
             pen = ImageDraw.Draw(picture)
-            output, y = outputs[i][j] if outputs else ((), ())
-            if len(output) == 10:
-                digit = output.argmax()
-                colour = "lime" if digit == y else "red"
-                pen.text((4, 0), f"{digit}", colour, font_size=36, stroke_width=2, stroke_fill="black")
+            out, y = outputs[i][j] if outputs else ((), ())
+            if len(out) == 10:
+                colour = "lime" if out.argmax() == y else "red"
+                pen.text((4, 0), f"{out.argmax()}", colour, font_size=36, stroke_width=2, stroke_fill="black")
             elif outputs:  # the landmarks of M over the true ones
-                for k, point in enumerate(torch.cat([y, output]).view(34, 2) * picture.width):
+                for k, point in enumerate(torch.cat([y, out]).view(34, 2) * picture.width):
                     pen.circle(point.tolist(), picture.width // 60, "lime" if k < 17 else "red")
             sheet.paste(picture, (margin + j * (side + 4), i * (side + 4)))
     sheet.save(path)
 
-def write_csv(rows, path):
-    """Write rows, dicts with the same keys, with a header; numbers to six digits."""
+def write_csv(rows, path):  # dicts with the same keys; numbers to six digits
+    lines = [[f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+        csv.writer(file, lineterminator="\n").writerows([rows[0], *lines])
 
-def plot(logs, path):
-    """Write a panel for each column of {label: log.csv}: a line over the steps for each, its last value."""
+def plot(logs, path):  # of {label: log.csv}: a panel for each column, with a line and the last value of each
     tables = [np.genfromtxt(log, delimiter=",", names=True, ndmin=1) for log in logs.values()]
     names = [name for name in tables[0].dtype.names if name not in ("step", "seconds")]
     sheet = Image.new("RGB", (920, (len(names) + 1) // 2 * 280), "white")
@@ -87,24 +80,20 @@ def plot(logs, path):
             pen.text((left + 145 * k, top - 22), f"{label} {table[name][-1]:.4g}", colour, font_size=13)
     sheet.save(path)
 
-# ---------------------------------------------------------------- DeGIA
 @torch.no_grad()
-def predict(M, images):
-    """M's output (N, outputs) for uint8 images (N, 3, S, S)."""
+def predict(M, images):  # M's output (N, outputs) for uint8 images (N, 3, S, S)
     parts = images.split(max(1, 2 ** 19 // images.shape[-1] ** 2))
     with autocast():
         return torch.cat([M(data.to_float(part.to(device)))[0].float().cpu() for part in parts])
 
 @torch.no_grad()
-def evaluate_degia(M, F, domains, folder):
-    """{"domains": {name: measures}, "bits_per_dim": of the source}; pictures of what M says and F makes.
-    mse: in shares of the side; mean_pose: that of the mean training pose; pck: % within 5 % of the side."""
+def evaluate_degia(M, F, domains, folder):  # measures of M; F's bits per dim on the source; pictures of both
     results, rows, outputs = {}, {}, []
     for name, (images, y) in domains.items():
         output = predict(M, images)
         if y.is_floating_point():
             error = (output - y).view(-1, 17, 2).norm(dim=2)
-            results[name] = {"mse": (output - y).square().mean().item(),
+            results[name] = {"mse": (output - y).square().mean().item(),  # in shares of the side
                              "mean_pose": (M.mean_pose.cpu() - y).square().mean().item(),
                              "pixels": error.mean().item() * images.shape[-1],
                              "pck": 100 * (error < 0.05).float().mean().item()}
@@ -121,58 +110,46 @@ def evaluate_degia(M, F, domains, folder):
     bits, gen = [], torch.Generator(device).manual_seed(0)
     for x, y in zip(*(tensor.split(500) for tensor in domains["source"])):  # all at once can need gigabytes
         x = degia.flow_view(data.to_float(x.to(device)), F.shape)
-        u = torch.rand(x.shape, generator=gen, device=device)
-        log_p = F.log_prob(x, degia.classes_of(y, F).to(device), u)  # in float32, no noise shift of the prior
-        bits.append(bits_per_dim(log_p, F.dim))
+        u = torch.rand(x.shape, generator=gen, device=device)  # now in float32, no noise shift of the prior
+        bits.append(bits_per_dim(F.log_prob(x, degia.classes_of(y, F).to(device), u), F.dim))
     return {"domains": results, "bits_per_dim": torch.cat(bits).mean().item()}
 
-def picture_new_samples(x_src, pool, per_round, path):
-    """Write, for each max round, source images above the new samples that grew from them."""
+def picture_new_samples(x_src, pool, per_round, path):  # of each max round, below what they grew from
     rows = {}
     for k, (x, i) in enumerate(zip(pool["x"].split(per_round), pool["source"].split(per_round)), 1):
         rows |= {f"source {k}": x_src[i[:12]] / 255, f"round {k}": x[:12] / 255}
     save_grid(rows, path)
 
-# ---------------------------------------------------------------- registration
 @torch.no_grad()
-def register(R, A, B):
-    """phi, I_a and I_b of uint8 images A and B."""
-    I_a, I_b = (2 * data.to_float(I.to(device)) - 1 for I in (A, B))
-    with autocast():
-        return R(I_a, I_b), I_a, I_b
-
-def landmark_errors(R, pairs, most=10 ** 6):
-    """Eq. (7) of the first pairs: {"unregistered", "registered": {"scene": in pixels, None without landmarks;
-    "salient": those on the plant}, "folding": share of pixels}; and the last field with its images."""
+def landmark_errors(R, pairs, most=10 ** 6):  # eq. (7), share of folded pixels; the last field, its images
     distances, folded = [], []
     for i in torch.arange(min(most, len(pairs.A))).split(25):
-        phi, I_a, I_b = register(R, pairs.A[i], pairs.B[i])
+        I_a, I_b = (2 * data.to_float(I[i].to(device)) - 1 for I in (pairs.A, pairs.B))
+        with autocast():
+            phi = R(I_a, I_b)
         folded.append((warp.jacobian_determinant(phi) <= 0).float().mean((1, 2)))
         if pairs.points is not None:
             p_a, p_b = pairs.points[i].to(device).split(2, dim=2)
             moved = warp.warp_points(p_a, phi)
             moved = torch.where(moved.isnan(), p_a, moved)  # what the field has no place for has not moved
             distances.append(torch.stack([p_a - p_b, moved - p_b]).norm(dim=3).cpu())
-    errors = {"unregistered": {"scene": None}, "registered": {"scene": None}}
+    errors = {"unregistered": {"scene": None}, "registered": {"scene": None}}  # without landmarks
     for kinds, d in zip(errors.values(), torch.cat(distances, dim=1) if distances else ()):
         kinds["scene"] = d.nanmean(1).nanmean().item()
-        if pairs.salient is not None:
+        if pairs.salient is not None:  # those on the plant
             kinds["salient"] = d.where(pairs.salient[:len(d)], torch.nan).nanmean(1).nanmean().item()
     return {**errors, "folding": torch.cat(folded).mean().item()}, (phi, I_a, I_b)
 
-def watch(R, pairs):
-    """For the log: the landmark error of 25 training pairs, which never trains anything."""
+def watch(R, pairs):  # for the log: the landmark error of 25 training pairs, which never trains anything
     error = landmark_errors(R, pairs, 25)[0]["registered"]["scene"]
     return {} if error is None else {"error": error}
 
-def evaluate_reg(R, pairs, folder):
-    """landmark_errors of the test pairs and of the first 100 training pairs; pairs.png."""
+def evaluate_reg(R, pairs, folder):  # landmark_errors of the test pairs and of 100 training pairs; pairs.png
     test, fields = landmark_errors(R, pairs["test"])
     picture_pairs(*fields, folder / "pairs.png")
     return {**test, "registered_train": landmark_errors(R, pairs["train"], 100)[0]["registered"]}
 
-def picture_pairs(phi, I_a, I_b, path):
-    """Write figure 4, a column for each of up to 8 pairs."""
+def picture_pairs(phi, I_a, I_b, path):  # figure 4, a column for each of up to 8 pairs
     phi, I_a, I_b = phi[:8], I_a[:8], I_b[:8]
     moved = warp.resample(I_a, phi)
     longest = warp.norm(phi).max().item()
@@ -180,42 +157,35 @@ def picture_pairs(phi, I_a, I_b, path):
                f"field, up to {longest:.1f} px": warp.colour_wheel(phi, longest),
                "B, edges of A": overlay(I_b, I_a), "after": overlay(I_b, moved)}, path)
 
-def overlay(I, outline):
-    """I in grey, with the strongest edges of another image in red."""
-    grey = I.mean(1, keepdim=True) / 4 + 0.5
+def overlay(I, outline):  # I in grey, with the strongest edges of another image in red
     edge = geomreg.edges(outline) + 1
     edge = (edge / edge.flatten(1).quantile(0.9, dim=1).view(-1, 1, 1, 1) - 0.7).clamp(0, 1)
-    return torch.cat([grey + edge, grey - edge, grey - edge], dim=1)
+    return I.mean(1, keepdim=True) / 4 + 0.5 + torch.cat([edge, -edge, -edge], dim=1)
 
-def print_table(results):
-    """What results.json says of a run, and its numbers, a line per domain or set of pairs."""
+def print_table(results):  # of a results.json: a line per domain or set of pairs
     about = "task method backbone order similarity seed steps seconds bits_per_dim folding".split()
     print("\n" + ", ".join(f"{name} {results[name]}" for name in about if name in results))
     for name, numbers in results.get("domains", results).items():
         if isinstance(numbers, dict):
             print(f"  {name:17s}", *(f"{k} {v:8.5f}" for k, v in numbers.items() if v is not None), sep="  ")
 
-# ---------------------------------------------------------------- your own images
-def load_checkpoint(folder, program=None):
-    """The content of folder/checkpoint.pt, on the CPU. It must be of this version, and of this program."""
+def load_checkpoint(folder, program=None):  # on the CPU; it must be of this version and of this program
     path = Path(folder) / "checkpoint.pt"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["config"]["program"]
         if content["format"] != FORMAT:
             raise ValueError(content["format"])
-    except Exception as error:  # which one depends on the bytes of a foreign file
-        raise InputError(f"{path}: no such checkpoint of this version ({error!r:.60}); train again") from None
+    except Exception as e:  # which one depends on the bytes of a foreign file
+        raise data.InputError(f"{path}: no such checkpoint of this version ({e!r:.60}); train again") from e
     if program not in (None, found):
-        raise InputError(f"{path}: a run of train.py {found}, not {program}; choose another --out")
+        raise data.InputError(f"{path}: a run of train.py {found}, not {program}; choose another --out")
     return content
 
-def read_files(o, M, files, folder):
-    """Print the digit on each image, or write its landmarks, in pixels, to landmarks.csv; images.png."""
+def read_files(o, M, files, folder):  # print the digits, or write the landmarks in pixels; draw both
     output = predict(M, data.read_images(files, (o.size, o.size)))
     found = output.argmax(1) if o.task == "digits" else output
-    shown = {"": data.read_images(files, (256, 256)) / 255}
-    save_grid(shown, folder / "images.png", [list(zip(output, found))])
+    save_grid({"": data.read_images(files, (256, 256)) / 255}, folder / "images.png", [[*zip(output, found)]])
     if o.task == "digits":
         return print(f"written: {folder}/images.png", *map("{}: {}".format, files, found), sep="\n")
     pixels = output.view(-1, 17, 2) * torch.tensor([[data.open_image(file).size] for file in files]) - 0.5
@@ -224,14 +194,13 @@ def read_files(o, M, files, folder):
     write_csv([{"name": Path(file).name, **row} for file, row in zip(files, rows)], folder / "landmarks.csv")
     print(f"written: {folder}/images.png, {folder}/landmarks.csv")
 
-def align_files(o, modes, R, files, folder):
-    """Write A aligned to B at B's size, sampled from A as stored; the field in pixels of B; an overlay."""
-    if len(files) != 2:
-        raise InputError(f"--images: a registration takes two files, A and B of a pair, not {len(files)}")
-    A, B = (data.open_image(file, modes[side]) for file, side in zip(files, "AB"))
-    small = [data.read_images([file], (o.height, o.width), modes[side]) for file, side in zip(files, "AB")]
-    phi, I_a, I_b = register(R, *small)
-    name = folder / Path(files[0]).stem
+def align_files(o, modes, R, pair, folder):  # write A, as stored, at B's size; the field in pixels of B
+    if len(pair) != 2:
+        raise data.InputError(f"--images: a registration takes two files, A and B of a pair, not {len(pair)}")
+    A, B = (data.open_image(file, modes[side]) for file, side in zip(pair, "AB"))
+    small = [data.read_images([file], (o.height, o.width), modes[side]) for file, side in zip(pair, "AB")]
+    phi, I_a, I_b = landmark_errors(R, data.Pairs(*small, None, None))[1]
+    name = folder / Path(pair[0]).stem
     picture_pairs(phi, I_a, I_b, f"{name}_overlay.png")
     phi = warp.resize_field(phi, B.size[::-1])
     places = warp.pixel_grid(B.height, B.width, like=phi) + phi + 0.5  # in B's pixels, then in A's:
@@ -241,63 +210,50 @@ def align_files(o, modes, R, files, folder):
     np.save(f"{name}_field.npy", phi[0].cpu().numpy())
     print(f"written: {name}_aligned.png, {name}_field.npy, {name}_overlay.png")
 
-# ---------------------------------------------------------------- the papers' tables
-def tables(args):
-    """Train what is not trained yet of results/papers.csv; mean and deviation over seeds; figure 5."""
+def tables(args):  # train what is missing of results/papers.csv; mean and deviation over seeds; figure 5
     lines, logs = [], {}
     papers = Path(__file__).with_name("results") / "papers.csv"
-    for row in csv.DictReader(papers.read_text(encoding="utf-8").splitlines()):
-        if row["task"] == args.task and row["row"].startswith(tuple(args.rows)):
-            folders = train_row(args, [*row["options"].split(), *args.others])
-            lines += summary(row, folders)
-            if row["row"].startswith("5 ") and folders:
-                logs[row["row"][2:]] = folders[0] / "log.csv"
+    rows = csv.DictReader(papers.read_text(encoding="utf-8").splitlines())
+    for row in (r for r in rows if r["task"] == args.task and r["row"].startswith(tuple(args.rows))):
+        runs = train_row(args, [args.task, *row["options"].split(), *args.others])
+        n, cells = len(runs), []
+        for measure in next(iter(runs.values()), ()):
+            values = np.array([run[measure] for run in runs.values()], float)
+            deviation = values.std(ddof=1) if n > 1 else np.nan
+            lines.append({**row, "n": n, "measure": measure, "mean": values.mean(), "deviation": deviation})
+            cells.append(f"{measure} {values.mean():.4g} ± {deviation:.2g}".removesuffix(" ± nan"))
+        print(f"{row['row']:36} n {n}  {',  '.join(cells)}  (paper: {row['paper'] or '-'})")
+        if row["row"].startswith("5 ") and runs:
+            logs[row["row"][2:]] = [*runs][0] / "log.csv"
     if not lines:
-        raise InputError(f"--rows {args.rows}: no row of {papers} begins so, or none ended; see above")
+        raise data.InputError(f"--rows {args.rows}: no row of {papers} begins so, or none ended; see above")
     write_csv(lines, args.out / f"{args.task}.csv")
     if logs:
         plot(logs, args.out / "figure_5.png")
 
-def train_row(args, options):
-    """Train each seed, or go on with it; the folders of those that ended. Equal options share their runs."""
-    row = args.out / re.sub(r"[^\w.]+", "_", " ".join([args.task, *options]))
-    folders = [row / str(seed) for seed in range(args.seeds)]
-    for folder in folders:
-        words = [args.task, *options, "--seed", folder.name, "--out", str(folder)]
+def train_row(args, options):  # {folder of a seed: {measure: number}}; equal options share their runs
+    runs = {}
+    for seed in range(args.seeds):
+        folder = args.out / re.sub(r"[^\w.]+", "_", " ".join(options)) / str(seed)
+        words = [Path(__file__).with_name("train.py"), *options, "--seed", folder.name, "--out", str(folder)]
         words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
         if not (folder / "results.json").exists():
-            print("python train.py", *words, flush=True)
-            train = Path(__file__).with_name("train.py")
-            subprocess.run([sys.executable, train, *words], stdout=subprocess.DEVNULL)
-    return [folder for folder in folders if (folder / "results.json").exists()]  # else train.py said why
+            print("python train.py", *words[1:], flush=True)
+            subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL)
+        if (folder / "results.json").exists():  # else train.py said why
+            results = json.loads((folder / "results.json").read_text())
+            numbers = {name: list(found.values())[0] for name, found in results.get("domains", {}).items()}
+            if len(numbers) > 1:
+                numbers["unseen"] = np.mean(list(numbers.values())[1:])  # the first is the source
+            for tag, key in (("", "registered"), ("train ", "registered_train"), ("before ", "unregistered")):
+                numbers |= {tag + kind: number for kind, number in results.get(key, {}).items()}
+            runs[folder] = numbers | {"seconds": results["seconds"]}
+    return runs
 
-def numbers_of(results):
-    """{measure: number} of a results.json: accuracy or mse of each domain, or landmark errors; seconds."""
-    numbers = {name: list(measures.values())[0] for name, measures in results.get("domains", {}).items()}
-    if len(numbers) > 1:
-        numbers["unseen"] = np.mean(list(numbers.values())[1:])  # the first is the source
-    for mark, key in (("", "registered"), ("train ", "registered_train"), ("before ", "unregistered")):
-        numbers |= {mark + kind: number for kind, number in results.get(key, {}).items()}
-    return {**numbers, "seconds": results["seconds"]}
-
-def summary(row, folders):
-    """Print a row of a table; its lines for the csv, one for each measure."""
-    runs = [numbers_of(json.loads((folder / "results.json").read_text())) for folder in folders]
-    lines, cells, n = [], [], len(runs)
-    for measure in runs[0] if runs else ():
-        values = np.array([run[measure] for run in runs], float)
-        mean = values.mean()
-        deviation = values.std(ddof=1) if n > 1 else np.nan
-        lines.append({**row, "n": n, "measure": measure, "mean": mean, "deviation": deviation})
-        cells.append(f"{measure} {mean:.4g} ± {deviation:.2g}".removesuffix(" ± nan"))
-    print(f"{row['row']:36} n {n}  {',  '.join(cells)}  (paper: {row['paper'] or '-'})")
-    return lines
-
-def exit_on_bad_input(main):
-    """Run main(argv); what a user can mend becomes one line and exit code 2."""
+def exit_on_bad_input(main):  # what a user can mend becomes one line and exit code 2
     try:
         main(sys.argv[1:])
-    except InputError as error:
+    except data.InputError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)
 
@@ -321,21 +277,19 @@ def main(argv):
     if args.run == "tables":
         return tables(args)
     folder, checkpoint = Path(args.run), load_checkpoint(args.run)
-    o, state = Namespace(**checkpoint["config"]), checkpoint["state"]
-    o.data = args.data or o.data
+    o = Namespace(**checkpoint["config"] | {name: given for name, given in vars(args).items() if given})
     if o.program == "reg":
         modes = checkpoint["extra"]
-        R = geomreg.build(o, len(modes["A"]), len(modes["B"]))["R"]  # "RGB" has three channels, "L" one
-        R.to(device, memory_format=torch.channels_last).load_state_dict(state["R"])
+        R, _, _ = geomreg.build(o, len(modes["A"]), len(modes["B"]))  # "RGB" has three channels, "L" one
+        R.to(device, memory_format=torch.channels_last).load_state_dict(checkpoint["state"]["R"])
         if args.images:
             return align_files(o, modes, R, args.images, folder)
         measured = evaluate_reg(R, data.load_pairs(o, modes)[0], folder)
     else:
-        o.unseen = args.unseen or o.unseen
         M, F = degia.build(o)
-        M.to(device, memory_format=torch.channels_last).load_state_dict(state["M"])
+        M.to(device, memory_format=torch.channels_last).load_state_dict(checkpoint["state"]["M"])
         if F is not None:
-            F.to(device).load_state_dict(state["F"])
+            F.to(device).load_state_dict(checkpoint["state"]["F"])
         if args.images:
             return read_files(o, M, args.images, folder)
         load = data.load_digits if o.task == "digits" else data.load_hands

@@ -134,11 +134,10 @@ class Discriminator(nn.Module):
         return self.net(pad(torch.cat([I_a, I], dim=1), 32)).float()
 
 def build(o, a, b):
-    """{"R"} of the options o for a and b channels, untrained; T and D too where they teach it."""
-    nets = {"R": {"pyramid": Pyramid, "unet": UNet}[o.registration](a, b, o.R_width)}
-    if o.similarity == "translation":
-        nets |= {"T": Translator(a, b, o.T_width, o.T_blocks), "D": Discriminator(a, b, o.D_width)}
-    return nets
+    """R, T, D of the options o for a and b channels, untrained; R alone has the identity for T, and no D."""
+    R = {"pyramid": Pyramid, "unet": UNet}[o.registration](a, b, o.R_width)
+    T = Translator(a, b, o.T_width, o.T_blocks) if o.similarity == "translation" else nn.Identity()
+    return R, T, Discriminator(a, b, o.D_width) if o.adversarial > 0 else None
 
 # ---------------------------------------------------------------- losses
 def adversarial(logits, real):

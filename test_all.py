@@ -1,16 +1,13 @@
 """What this code promises, each promise held against something simpler: an inverse, a brute-force Jacobian, a
-loop over pixels, a library's formula, a file whose content is known. Run: `python -m pytest test_all.py`
-"""
+loop over pixels, a library's formula, a file whose content is known. Run: `python -m pytest test_all.py`"""
 import csv
 import gzip
 import json
 import math
 import os
 import re
-import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,15 +37,13 @@ def rand(*shape, seed=1):
 def smooth_field(n, size, bend=0.1):
     return warp.random_field(n, size, bend, 0.0, torch.Generator().manual_seed(1)).double()
 
-def random_flow(channels=3, size=4, levels=2, **options):
-    """A small flow whose every parameter is random: any bug passes where couplings are identities."""
+def random_flow(channels=3, size=4, levels=2, **options):  # any bug passes where couplings are identities
     torch.manual_seed(0)
     F = flows.Flow(channels, size, classes=3, levels=levels, steps=2, hidden=8, **options).double()
     for p in F.parameters():
         p.data += 0.15 * torch.randn_like(p)
     return F
 
-# ---------------------------------------------------------------- the networks and losses
 @pytest.mark.parametrize("channels,size,levels", [(3, 4, 2), (1, 4, 1), (2, 4, 1), (1, 8, 3)])
 def test_the_flow_is_inverted_and_its_log_determinant_is_the_jacobians(channels, size, levels):
     """Eq. (2). Many flows in the wild are not invertible above two channels: no loss shows it."""
@@ -80,29 +75,25 @@ def test_the_prior_is_eq_8_and_its_noise_cannot_be_learned_away():
     shift = F.prior.shift(n)
     F.prior.H_m[2].weight.data *= 1e-2
     same(F.prior.shift(n[:1]), shift[:1], 1e-3)
-    assert shift.mean().abs() < 0.05 and abs(shift.std() - 0.3) < 0.05
     F.prior.log_G_std.weight.data = 8 * rand(3, F.dim) - 4  # beyond both bounds
     mean, std = 0.7 * F.prior.G_m.weight[c] + shift, F.prior.std(c)
-    assert -2.01 < std.log().min() and std.log().max() < 0.51
+    assert shift.mean().abs() < 0.05 and abs(shift.std() - 0.3) < 0.05 and -2.01 < std.log().min() < 0.51
     z, log_det = F(x, u)
     same(F.log_prob(x, c, u, shift), torch.distributions.Normal(mean, std).log_prob(z).sum(1) + log_det, 1e-9)
 
 def test_the_ascent_climbs_eq_7_stays_in_range_and_touches_no_parameter():
-    """Each term is held against its definition; M and F must learn in the min phase only."""
     F, M = random_flow().float(), degia.TaskNetwork("lenet", 8, 16, 10)
     x_src, c, u = torch.rand(12, 3, 16, 16), torch.full((12,), 1), torch.rand(12, *F.shape)
     shift, feature_src = F.prior.shift(torch.randn(12, flows.NOISE_DIM)).detach(), M(x_src)[1].detach()
-
     def objective(x, alpha=1.0):
         return degia.max_objective(x, c, c, M, F, feature_src, u, shift, alpha)
-
     values = [objective(degia.ascend(x_src, objective, K, eta=1e-3, blur=1)).item() for K in (0, 1, 2, 4)]
-    assert values == sorted(set(values))
     eta = torch.tensor([0.02, 0.5] * 6).view(12, 1, 1, 1)
     x = degia.ascend(x_src, objective, 1, eta, blur=3)
     moved = ((x - x_src) / eta).square().mean((1, 2, 3)).sqrt()  # below 1 where x was clamped
-    assert x.min() >= 0 and x.max() <= 1 and moved.min() > 0.5 and moved.max() < 1.001
-    assert not x.requires_grad and all(p.grad is None for net in (M, F) for p in net.parameters())
+    assert values == sorted(set(values)) and 0 <= x.min() and x.max() <= 1
+    assert 0.5 < moved.min() and moved.max() < 1.001 and not x.requires_grad
+    assert all(p.grad is None for net in (M, F) for p in net.parameters())
     output, feature = M(x)
     ada = nnf.cross_entropy(output, c, reduction="none") - 2 * (feature - feature_src).square().mean(1)
     same(degia.max_objective(x, c, c, M, None, feature_src, None, None, 2.0), ada.sum(), 1e-4)
@@ -111,21 +102,19 @@ def test_the_ascent_climbs_eq_7_stays_in_range_and_touches_no_parameter():
     d = (quantiles - F.prior.mean(c[:1]) - ends * F.prior.std(c[:1])).square().mean()
     same(objective(x, 2.0), (ada - F.log_prob(view, c, u, shift) / F.dim - 2 * d).sum(), 1e-4)
 
-@pytest.mark.parametrize("backbone", degia.BACKBONES)
-def test_each_backbone_learns_with_every_parameter(backbone):
-    M = degia.TaskNetwork(backbone, 8, 40, 34)
-    degia.task_loss(M(rand(3, 3, 40, 40).float())[0], rand(3, 34)).mean().backward()
-    assert all(p.grad.abs().sum() > 0 for p in M.parameters())
-
 @pytest.mark.parametrize("size", [(5, 5), (17, 30)])
 @pytest.mark.parametrize("words", ["--registration pyramid", "--registration unet --T-blocks 1"])
-def test_the_networks_take_any_size_and_learn_with_every_parameter(words, size):
-    nets = geomreg.build(train.parse(f"{REG} {words}".split())[0], 3, 2)
+def test_networks_take_any_size_and_learn_with_every_parameter(words, size):
+    for backbone in degia.BACKBONES:
+        M = degia.TaskNetwork(backbone, 8, 40, 34)
+        degia.task_loss(M(rand(3, 3, 40, 40).float())[0], rand(3, 34)).mean().backward()
+        assert all(p.grad.abs().sum() > 0 for p in M.parameters())
+    R, T, D = geomreg.build(train.parse(f"{REG} {words}".split())[0], 3, 2)
     I_a, I_b = rand(2, 3, *size).float(), rand(2, 2, *size).float()
-    phi, O = nets["R"](I_a, I_b), nets["T"](I_a)
+    phi, O = R(I_a, I_b), T(I_a)
     assert phi.shape == (2, 2, *size) and O.shape == I_b.shape and phi.abs().max() < 5
-    (phi.square().sum() + O.square().sum() + nets["D"](I_a, I_b).square().sum()).backward()
-    assert all(p.grad.isfinite().all() for net in nets.values() for p in net.parameters())
+    (phi.square().sum() + O.square().sum() + D(I_a, I_b).square().sum()).backward()
+    assert all(p.grad.isfinite().all() for net in (R, T, D) for p in net.parameters())
     same(geomreg.InstanceNorm()(I_a), nnf.instance_norm(I_a), 1e-5)
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 5), (33, 20)])
@@ -144,42 +133,27 @@ def test_points_go_where_the_resampler_shows_them():
     same(q[0], (seen * v).sum((2, 3)) / seen.sum(), 0.1)
     assert (q - p).abs().max() > 0.4
     same((warp.warp_points(2 * p + 0.5, warp.resize_field(phi, (80, 100))) - 0.5) / 2, q, 2e-2)
-    steep = (v - 33) * torch.tensor([1.1, 0]).view(1, 2, 1, 1)
-    same(2.1 * warp.warp_points(p + 15, steep)[0, 0, 0], torch.tensor(72.3).double(), 1e-4)  # q + 1.1 (q-33) = 36
+    steep = (v - 33) * torch.tensor([1.1, 0]).view(1, 2, 1, 1)  # q + 1.1 (q - 33) = 36
+    same(warp.warp_points(p + 15, steep)[..., 0], torch.tensor([[72.3 / 2.1]]).double(), 1e-6)
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_smoothness_is_eq_2_neighbour_by_neighbour(alpha):
-    """With alpha = 1 phi may bend at an edge; one weight is one stiffness at every size."""
     phi, O_s, total = smooth_field(1, (5, 6))[0], rand(2, 5, 6), 0.0
-    for y, x in np.ndindex(5, 6):
-        for v, u in np.ndindex(5, 6):
-            if max(abs(y - v), abs(x - u)) == 1:
-                bend = (phi[:, y, x] - phi[:, v, u]) / torch.tensor([2.5, 2.0])  # in half-sides
-                total += torch.exp(-alpha * (O_s[:, y, x] - O_s[:, v, u]).norm()) * bend.norm()
+    for y, x, v, u in np.ndindex(5, 6, 5, 6):
+        if max(abs(y - v), abs(x - u)) == 1:
+            bend = (phi[:, y, x] - phi[:, v, u]) / torch.tensor([2.5, 2.0])  # in half-sides
+            total += torch.exp(-alpha * (O_s[:, y, x] - O_s[:, v, u]).norm()) * bend.norm()
     same(warp.smoothness(phi[None], O_s[None], alpha), total / 30 * 6 / 256, 1e-6)
     small, large = (warp.smoothness(smooth_field(1, (s, s)), torch.zeros(1, 1, s, s), 1.0) for s in (64, 128))
     assert small.item() == pytest.approx(large.item(), rel=0.05)
 
-def test_the_jacobian_finds_folds():
-    """phi = A v: det (1 + A) is 1.2 * .9 + .3 * .1; between x = 2 and 3 it mirrors: -.8 * .9 + .3 * .1."""
+def test_the_jacobian_finds_folds():  # of phi = A v, which mirrors between x = 2 and 3
     x, y = warp.pixel_grid(6, 5, like=torch.zeros(1)).unbind(1)
     phi = torch.stack([0.2 * x + 0.3 * y - 2 * (x > 2), -0.1 * x - 0.1 * y], dim=1)
-    same(warp.jacobian_determinant(phi), torch.tensor([[[1.11, 1.11, -0.69, 1.11]] * 5]), 1e-5)
+    there, mirrored = 1.2 * 0.9 + 0.3 * 0.1, -0.8 * 0.9 + 0.3 * 0.1
+    same(warp.jacobian_determinant(phi), torch.tensor([[[there, there, mirrored, there]] * 5]), 1e-5)
 
-@pytest.mark.parametrize("measure", geomreg.MEASURES)
-def test_an_image_matches_itself_best_and_the_squares_forgive_a_negative(measure):
-    I = nnf.interpolate(2 * rand(1, 1, 9, 9) - 1, (32, 32), mode="bicubic", align_corners=True)
-    itself, another, negative = (geomreg.distance(measure, J, I, 9, scales=2) for J in (I, I.roll(5, 3), -I))
-    assert itself < 0.45 and another > itself + 0.2
-    assert (negative < itself + 1e-9) == (measure in ("ncc", "ncc-edges", "ssim-edges"))
-
-# ---------------------------------------------------------------- the embedded data
-def test_embedded_digits_and_hands_depend_on_the_seed_alone_and_landmarks_lie_on_the_hand():
-    """Everybody measures on the same ones. Skin is redder than blue, near is bright, bones are bright."""
-    (x, y), (again, _), (other, _) = (data.make_digits(300, 16, seed) for seed in (5, 5, 6))
-    assert torch.equal(x, again) and not torch.equal(x, other) and y.bincount().min() > 15
-    source, *looks = (data.apply_look(look, x, 0).float() for look in ("source", *data.UNSEEN_LOOKS))
-    assert all(look.shape == (300, 3, 16, 16) and (look - source).abs().mean() > 12 for look in looks)
+def test_landmarks_lie_on_the_hand():  # skin is redder than blue, near is bright, bones are bright
     views, y = data.make_hands(40, 64, 3)
     (rgb, depth, xray), places = views.values(), 64 * y.view(40, 1, 17, 2).movedim(3, 1) - 0.5
     for I in (rgb[:, :1].float() - rgb[:, 2:], depth[:, :1].float(), xray[:, :1].float()):
@@ -189,8 +163,7 @@ def test_embedded_digits_and_hands_depend_on_the_seed_alone_and_landmarks_lie_on
 @pytest.mark.parametrize("seed", range(101, 106))
 def test_embedded_plants_are_honestly_misaligned(seed):
     """By 5 to 7 px of 64, most of which no mean field, translation or affine map can remove."""
-    plants, errors = data.make_plants(100, (64, 64), seed), []
-    pairs = [p[~p.isnan().any(1)].double() for p in plants.points]
+    pairs, errors = [p[~p.isnan().any(1)].double() for p in data.make_plants(100, (64, 64), seed).points], []
     for i, pair in enumerate(pairs):
         a, b = pair.split(2, dim=1)
         a_others, b_others = torch.cat(pairs[:i] + pairs[i + 1:]).split(2, dim=1)
@@ -202,14 +175,12 @@ def test_embedded_plants_are_honestly_misaligned(seed):
     nothing, *left = torch.stack(errors).mean(0)
     assert 5 <= nothing <= 7 and (torch.stack(left) > torch.tensor([0.95, 0.55, 0.35]) * nothing).all()
 
-# ---------------------------------------------------------------- a user's files
 IMAGES = np.array([0x803, 40, 28, 28], ">i4").tobytes() + (255 * rand(40, 28, 28)).byte().numpy().tobytes()
 LABELS = np.array([0x801, 40], ">i4").tobytes() + 4 * bytes(range(10))
 HAND = b"name," + b",".join(b"x%d,y%d" % (i, i) for i in range(17))
 PAIRS = b"name,xa,ya,xb,yb"
 
-def user_folder(folder, spoilt=None):
-    """MNIST, red MNIST-M, a hand, pairs whose B has 16 bits and twice the size; spoilt: {file: its bytes}."""
+def user_folder(folder, spoilt=None):  # MNIST, red MNIST-M, a hand, pairs with B deep; spoilt: {file: bytes}
     for name in ("mnist_m_train", "train/A", "train/B", "images"):
         (folder / name).mkdir(parents=True)
     for i, mode in enumerate(("P", "RGB", "RGBA")):
@@ -231,7 +202,6 @@ def user_folder(folder, spoilt=None):
     return folder
 
 def test_folders_are_read_as_they_were_written(tmp_path):
-    """Pixels, labels and points stay together, whatever the depth, mode and size of the files."""
     folder = user_folder(tmp_path / "mm")
     o, _ = train.parse(f"degia --data {folder} --unseen {folder} --size 28 --train 30".split())
     x, y, domains = data.load_digits(o)
@@ -248,16 +218,11 @@ def test_folders_are_read_as_they_were_written(tmp_path):
     assert x.shape == (1, 3, 24, 24) and warp.sample_at(x.float(), places).min() > 200
 
 @pytest.mark.parametrize("message,words,spoilt", [  # {}: the user's folder, a file of which may be spoilt
-    ("none: no such folder", "degia --train 60 --unseen {}/none", {}),
-    ("train-images-idx3-ubyte.*missing", "degia --data {}/images", {}),
     ("idx3-ubyte.gz: damaged", "degia --data {}", {"train-images-idx3-ubyte.gz": gzip.compress(IMAGES[:-9])}),
     ("labels up to 11", "degia --data {}", {"train-labels-idx1-ubyte": LABELS[:8] + 40 * b"\x0b"}),
     ("--train 41", "degia --data {} --train 41", {}),
     ("labels.txt, line 2", "degia --train 20 --unseen {}", {"mnist_m_train_labels.txt": b"0.png 3\n1.png x"}),
     ("--beta: 2 is not from 0.0001 to 1", "degia --beta 2", {}),
-    ("--flow-size 6: not a multiple of 4", "degia --train 60 --flow-size 6", {}),
-    ("--rounds 9: too many", "degia --steps 10 --rounds 9", {}),
-    ("line 2: 'g,", "degia --task hands --data {}", {"landmarks.csv": HAND + b"\ng" + 17 * b",1,2"}),
     ("line 2: .*outside", "degia --task hands --data {}", {"landmarks.csv": HAND + b"\nh" + 17 * b",97,1"}),
     ("h.png: has 2", "degia --task hands --data {}", {"landmarks.csv": HAND + 2 * (b"\nh" + 34 * b",1")}),
     ("checkpoint.pt: no such checkpoint", "reg --resume", {}),
@@ -271,53 +236,42 @@ def test_bad_input_gets_one_line_and_writes_nothing(message, words, spoilt, tmp_
     pytest.raises(SystemExit, evaluation.exit_on_bad_input, train.main).match("^2$")
     assert re.fullmatch(f".*{message}.*\n", capsys.readouterr().err) and not (tmp_path / "run").exists()
 
-# ---------------------------------------------------------------- train.py
-def run(words, out):
-    """What `train.py WORDS --out OUT` leaves: the content of its checkpoint, and of results.json."""
+def run(words, out):  # what `train.py WORDS --out OUT` leaves: its checkpoint and results.json
     train.main([*words.split(), "--out", str(out)])
     return evaluation.load_checkpoint(out), json.loads((out / "results.json").read_text())
 
 @pytest.mark.parametrize("words,other", [
     (DEGIA, "reg"), (REG, "degia"), (f"{REG} --similarity ncc --modality depth", "degia")])
 def test_a_run_that_is_killed_and_resumed_equals_a_whole_one(words, other, tmp_path, monkeypatch):
-    """Bit for bit: networks, optimizers, pool, log. It dies while it writes; wrong commands come between."""
+    """Bit for bit, dying while it writes, wrong commands between. Two processes learn what one does."""
     save, program, words, parts = torch.save, words.split()[0], f"{words} --steps 12", tmp_path / "parts"
     whole, results = run(words, tmp_path / "whole")
-
     def die(content, path):
         if content["step"] == 7:
             path.write_bytes(b"half")
             raise ZeroDivisionError
         save(content, path)
-
     monkeypatch.setattr(train.time, "time", iter(range(0, 10 ** 6, 100)).__next__)  # so it saves at each step
     monkeypatch.setattr(torch, "save", die)
     pytest.raises(ZeroDivisionError, run, words, parts)
     monkeypatch.undo()
     assert evaluation.load_checkpoint(parts)["step"] == 6
-    pytest.raises(data.InputError, run, words, parts).match("--resume, or choose another")
-    pytest.raises(data.InputError, run, f"{program} --resume --steps 13", parts).match("another --steps")
-    pytest.raises(data.InputError, run, f"{other} --resume", parts).match(f"of `?train.py {program}")
+    for wrong, message in {words: "or choose another", f"{other} --resume": f"train.py {program}",
+                           f"{program} --resume --steps 13": "another --steps"}.items():
+        pytest.raises(data.InputError, run, wrong, parts).match(message)
     rest, resumed_results = run(f"{program} --resume", parts)
-    same((whole["state"], whole["extra"]), (rest["state"], rest["extra"]))
+    same(whole["state"], rest["state"])
     own = {"seconds": 0, "out": "", "resume": True}
     assert [row | own for row in whole["log"]] == [row | own for row in rest["log"]]
-    assert results | own == resumed_results | own
-
-@pytest.mark.parametrize("words", [DEGIA, REG])
-def test_two_processes_learn_as_well_as_one(words, tmp_path):
-    logs = []
-    for n in ("1", "2"):
-        command = f"-m torch.distributed.run --standalone --nproc_per_node={n} {train.__file__} {words}"
-        subprocess.run([sys.executable, *command.split(), "--steps", "12", "--out", str(tmp_path / n)],
-                       check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-        logs.append(evaluation.load_checkpoint(tmp_path / n)["log"])
-    for name in set(logs[0][0]) - {"step", "seconds"}:
-        one, two = (sum(row[name] for row in log) for log in logs)
-        assert two == pytest.approx(one, rel=0.25)
+    assert results | own == resumed_results | own and str(whole["extra"]) == str(rest["extra"])
+    command = f"-m torch.distributed.run --standalone --nproc_per_node=2 {train.__file__} {words}"
+    subprocess.run([sys.executable, *command.split(), "--out", str(tmp_path)], check=True,
+                   env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    two = evaluation.load_checkpoint(tmp_path)["log"]
+    same(*(torch.tensor([[*row.values()][1:-1] for row in log]).mean(0) for log in (whole["log"], two)), 0.25)
 
 def test_short_runs_learn_and_a_rate_far_too_high_costs_no_checkpoint(tmp_path):
-    _, results = run("degia --method pure --train 999 --steps 90 --size 20 --M-width 32", tmp_path / "d")
+    _, results = run("degia --method pure --train 999 --steps 150 --size 20 --M-width 32", tmp_path / "d")
     assert results["domains"]["source"]["accuracy"] > 80 and "bits_per_dim" not in results
     _, results = run("reg --train 100 --steps 80 --adversarial 0 --smooth 100", tmp_path / "r")
     assert results["registered"]["scene"] < 0.9 * results["unregistered"]["scene"]
@@ -332,11 +286,9 @@ def test_each_loss_of_registration_moves_its_own_networks(tmp_path):
                                 for more in ("--l1 R --gan T", "--adversarial 0", "--recon 0"))
     same(routed["R"], no_gan["R"], 1e-5)
     same((routed["T"], routed["D"]), (no_recon["T"], no_recon["D"]), 1e-5)
-    assert not any(torch.equal(p, no_gan["T"][key]) for key, p in routed["T"].items())
+    assert "D" not in no_gan and not torch.equal(routed["T"]["net.1.weight"], no_gan["T"]["net.1.weight"])
 
-# ---------------------------------------------------------------- eval.py
 def test_eval_repeats_the_numbers_of_a_run_and_reads_the_users_files(tmp_path, capsys):
-    """It prints results.json; --images names a digit, or resamples A by the written field at B's size."""
     folder, (digits, reg, hands) = user_folder(tmp_path), [tmp_path / name for name in ("d", "r", "h")]
     A, B = folder / "train/A/a1.png", folder / "train/B/a1.png"
     checkpoint, results = run(f"{DEGIA} --steps 8", digits)
@@ -350,33 +302,9 @@ def test_eval_repeats_the_numbers_of_a_run_and_reads_the_users_files(tmp_path, c
     for name, measures in {**results["domains"], "registered": pairs["registered"]}.items():
         for measure, value in measures.items():  # train.py printed it, and eval.py again
             assert len(re.findall(rf" {name} .*{measure} +{value:.5f}", printed)) == 2
-    assert re.search(r"a1.png: \d", printed) and (digits / "images.png").exists()
-    table = list(csv.DictReader((hands / "landmarks.csv").open()))
-    assert table[0]["name"] == "a1.png" and len(table[0]) == 35 and 0 < float(table[0]["x16"]) < 24
+    (row,) = csv.DictReader((hands / "landmarks.csv").open())
+    assert row["name"] == "a1.png" and len(row) == 35 and 0 < float(row["x16"]) < 24
     phi = torch.from_numpy(np.load(reg / "a1_field.npy"))[None]
     I, aligned = data.read_images([A, reg / "a1_aligned.png"], (40, 48)).float()
-    assert phi.shape == (1, 2, 40, 48) and (reg / "a1_overlay.png").exists()
+    assert re.search(r"a1.png: \d", printed) and phi.shape == (1, 2, 40, 48)
     assert (aligned - warp.resample(I[None], phi)[0])[:, 2:-2, 2:-2].abs().mean() < 2
-
-def test_tables_train_each_configuration_once_and_average_over_seeds(tmp_path, capsys):
-    words = f"tables reg --out {tmp_path} {REG[4:]} --steps 2 --seeds 2".split()
-    for rows in ("5 both", "3 without"):  # the same options
-        evaluation.main([*words, "--rows", rows])
-    assert capsys.readouterr().out.count("python train.py") == 2 and (tmp_path / "figure_5.png").exists()
-    row = next(csv.DictReader((tmp_path / "reg.csv").open()))
-    runs = [json.loads(path.read_text()) for path in tmp_path.rglob("results.json")]
-    found = [run["registered"][row["measure"]] for run in runs]
-    expected = [2, np.mean(found), np.std(found, ddof=1)]
-    assert [float(row[name]) for name in ("n", "mean", "deviation")] == pytest.approx(expected, rel=1e-3)
-
-def test_each_command_of_the_readme_and_of_the_tables_parses():
-    here = Path(__file__).parent
-    for row in csv.DictReader((here / "results" / "papers.csv").open()):
-        train.parse([row["task"], *row["options"].split()])
-    blocks = (here / "README.md").read_text().replace("\\\n", " ").split("```")[1::2]
-    commands = re.findall(r"^[^#\n]*?\b(train|eval)\.py\b([^#\n]*)", "".join(blocks), re.M)
-    assert len(commands) > 9
-    for script, words in commands:
-        found = {"train": train, "eval": evaluation}[script].parse(shlex.split(words))
-        if "tables" in words:
-            train.parse([found.task, *found.others])

@@ -1,7 +1,6 @@
 """Train DeGIA, or the geometry-preserving registration. The two loops stand first, as in the papers.
 
-    python train.py degia                  embedded digits
-    python train.py degia --task hands     landmarks of embedded hands
+    python train.py degia                  embedded digits; --task hands: landmarks of embedded hands
     python train.py reg                    embedded plants, RGB to infrared; --resume goes on with runs/reg
     torchrun --nproc_per_node=2 train.py reg --out runs/two
 
@@ -127,31 +126,24 @@ def new_samples(o, step, M, F, x_src, y_src, c_src):
     return new
 
 # ---------------------------------------------------------------- registration: the dual-flow loop
-def start_reg(o):
-    """The pairs, {"A": mode, "B": mode}, R and what teaches it, and draw(gen): a batch in [-1, 1]."""
+def train_reg(o, checkpoint):
+    """Train R and T against D by eq. (6), on unaligned pairs. R alone, taught by a classical measure, is the
+    same step with the identity for T, one order and no D: see `parse`."""
     pairs, modes = data.load_pairs(o)
     A, B = pairs["train"].A.to(device), pairs["train"].B.to(device)
-    nets = geomreg.build(o, A.shape[1], B.shape[1])
-    nets = {name: net.to(device, memory_format=torch.channels_last) for name, net in nets.items()}
-
-    def draw(gen):
-        i = torch.randint(len(A), (o.batch // world,), generator=gen, device=device)
-        return data.augment(2 * data.to_float(A[i]) - 1, 2 * data.to_float(B[i]) - 1, o.augment, gen)
-    return pairs, modes, nets, draw
-
-def train_reg(o, checkpoint):
-    """Train R and T against D by eq. (6), on unaligned pairs."""
-    pairs, modes, nets, draw = start_reg(o)
-    R, T, D = nets.values()
+    R, T, D = geomreg.build(o, A.shape[1], B.shape[1])
+    for net in filter(None, (R, T, D)):
+        net.to(device, memory_format=torch.channels_last)
     trained = {"R": [*R.parameters()], "T": [*T.parameters()], "both": [*R.parameters(), *T.parameters()]}
     opt_RT, lr_RT = adam(trained["both"], o)
-    opt_D, lr_D = adam(D.parameters(), o)
-    run = Run(o, checkpoint, modes, **nets, opt_RT=opt_RT, opt_D=opt_D, lr_RT=lr_RT, lr_D=lr_D)
+    opt_D, lr_D = adam(D.parameters(), o) if D is not None else (None, None)
+    run = Run(o, checkpoint, modes, R=R, T=T, D=D, opt_RT=opt_RT, opt_D=opt_D, lr_RT=lr_RT, lr_D=lr_D)
 
     for step in range(run.step, o.steps):
         losses = {}
         gen = generator(o, step, BATCH, rank)
-        I_a, I_b = draw(gen)
+        i = torch.randint(len(A), (o.batch // world,), generator=gen, device=device)
+        I_a, I_b = data.augment(2 * data.to_float(A[i]) - 1, 2 * data.to_float(B[i]) - 1, o.augment, gen)
 
         # ---- one field, two orders
         with autocast():
@@ -163,7 +155,7 @@ def train_reg(o, checkpoint):
         fakes = {"both": [O_RT, O_TR], "translate-first": [O_RT], "register-first": [O_TR]}[o.order]
 
         # ---- (1) max over D of eq. (5): tell I_b from the fakes, given I_a
-        if o.adversarial > 0:
+        if D is not None:
             with autocast():
                 losses["D"] = geomreg.adversarial(D(I_a, I_b), real=True)
                 for O in fakes:  # constants here: R and T have their turn in (2)
@@ -172,6 +164,7 @@ def train_reg(o, checkpoint):
             losses["D"].backward()
             average_and_clip(opt_D)
             opt_D.step()
+            lr_D.step()
             with autocast():
                 losses["gan"] = sum(geomreg.adversarial(D(I_a, O), real=True) for O in fakes)
 
@@ -194,7 +187,6 @@ def train_reg(o, checkpoint):
         average_and_clip(opt_RT, R, T)  # clipped: a field that jumps has huge gradients
         opt_RT.step()
         lr_RT.step()
-        lr_D.step()
         run.log(losses, lambda: evaluation.watch(R, pairs["train"]))
         if rank == 0 and step % max(1, o.steps // 10) == 0:
             evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
@@ -209,44 +201,15 @@ def practice(R, I_a, T_a, gen):
     with autocast():
         return warp.norm(R(I_a, picture) - known).mean() / width
 
-def train_R_alone(o, checkpoint):
-    """The baselines of table 1: R learns from a classical measure of how well the warped A matches B."""
-    pairs, modes, nets, draw = start_reg(o)
-    R = nets["R"]
-    optimizer, scheduler = adam(R.parameters(), o)
-    run = Run(o, checkpoint, modes, R=R, optimizer=optimizer, scheduler=scheduler)
-
-    for step in range(run.step, o.steps):
-        I_a, I_b = draw(generator(o, step, BATCH, rank))
-        with autocast():
-            phi = R(I_a, I_b)
-        moved = warp.resample(I_a, phi)
-        scales = 4 if step < 0.2 * o.steps else 2  # both schedules as in train_reg
-        stiffness = o.smooth * min(1.0, 0.1 + 3 * step / o.steps)
-        recon = geomreg.distance(o.similarity, moved, I_b, o.window, scales)
-        smooth = warp.smoothness(phi, moved, o.alpha)
-        optimizer.zero_grad()
-        (2 * o.recon * recon + stiffness * smooth).backward()  # twice: as the two orders of R + T
-        average_and_clip(optimizer, R)
-        optimizer.step()
-        scheduler.step()
-        run.log({"recon": recon, "smooth": smooth}, lambda: evaluation.watch(R, pairs["train"]))
-    run.finish(lambda: evaluation.evaluate_reg(R, pairs, run.folder))
-
 class Run:
     """config.json, log.csv, checkpoint.pt, results.json. parts: all that has a state_dict; extra: a dict."""
     def __init__(self, o, checkpoint, extra, **parts):
-        self.o = o
-        self.folder = Path(o.out)
+        self.o, self.folder, self.extra = o, Path(o.out), extra
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.extra = extra
         self.recent = []  # losses of the steps since the last row of the log
-        self.rows = checkpoint["log"]
-        self.step = checkpoint["step"]
+        self.rows, self.step = checkpoint["log"], checkpoint["step"]
         self.began = time.time() - checkpoint["seconds"]
         if o.resume:
-            if checkpoint["state"].keys() != self.parts.keys():
-                raise InputError(f"{o.out}: a checkpoint of {[*checkpoint['state']]}; train again")
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint["state"][name])
             for name, value in checkpoint["extra"].items():
@@ -272,12 +235,11 @@ class Run:
         last = self.step == self.o.steps
         if self.step % max(1, min(50, self.o.steps // 100)) and self.saved and not last:
             return
-        values = torch.stack(self.recent).cpu()
-        self.recent = []
+        values, self.recent = torch.stack(self.recent).cpu(), []
         if not values.isfinite().all():
             i, j = torch.nonzero(~values.isfinite())[0].tolist()
-            step = self.step - len(values) + 1 + i
-            raise InputError(f"step {step}: {list(losses)[j]} is {values[i, j]}; try again with a lower --lr")
+            raise InputError(f"step {self.step - len(values) + 1 + i}: {list(losses)[j]} is {values[i, j]}; "
+                             "try again with a lower --lr")
         if rank == 0:
             means = dict(zip(losses, values.mean(0).tolist())) | watch()
             seconds = time.time() - self.began
@@ -302,14 +264,10 @@ class Run:
 # What --task hands changes, and what the papers state: --paper, which wins. Explicit options win over both.
 HANDS = dict(out="runs/hands", M_width=32, size=64, steps=1600, batch=64, beta=0.1667, share=1 / 16, eta=0.2,
              blur=9, flow_size=4)
-PAPER_DEGIA = dict(batch=128, lr=1e-4, flow_lr=1e-4, alpha=1.0, lam=0.1)
+PAPER_DEGIA = dict(batch=128, lr=1e-4, flow_lr=1e-4, alpha=1, lam=0.1)
 PAPER_REG = dict(registration="unet", width=256, height=256, batch=12, lr=1e-4, match="l1", adversarial=1,
                  alpha=1, recon=100, smooth=200, practice=0, R_width=32, T_width=64, T_blocks=9, D_width=64)
 PAPER = {"digits": PAPER_DEGIA, "hands": PAPER_DEGIA | {"size": 256}, "reg": PAPER_REG}
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; see {self.prog} --help")
 
 def number(kind, low, high=float("inf")):
     def number(text):  # argparse names it where the text is none
@@ -321,11 +279,12 @@ def number(kind, low, high=float("inf")):
 def parse(argv):
     """The options o, and the names of those that were given."""
     count, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw, quiet = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS  # no usage: an error is one line
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, usage=quiet)
     programs = parser.add_subparsers(dest="program", required=True)
     show = argparse.ArgumentDefaultsHelpFormatter
     for name in ("degia", "reg"):
-        add = programs.add_parser(name, formatter_class=show, allow_abbrev=False).add_argument
+        add = programs.add_parser(name, formatter_class=show, usage=quiet, allow_abbrev=False).add_argument
         add("--out", default=f"runs/{name}", help="run folder; runs/hands for hands")
         add("--data", default="embedded", help="or a folder of files, as the README lays it out")
         add("--train", type=count, help="images or embedded pairs; None: 10,000, hands 3,000 or a folder")
@@ -335,7 +294,6 @@ def parse(argv):
         add("--seed", type=number(int, 0), default=0, help="of the data, the networks and every step")
         add("--resume", action="store_true", help="go on with the run in --out, with its options")
         add("--paper", action="store_true", help="the paper's values, where it states them")
-
     programs.choices["degia"].set_defaults(steps=900, batch=128, lr=5e-4, blur=5)
     add = programs.choices["degia"].add_argument
     add("--task", choices=("digits", "hands"), default="digits", help="what M learns")
@@ -355,14 +313,13 @@ def parse(argv):
     add("--flow-size", type=number(int, 4), default=8, help="side of the image that F sees")
     add("--flow-channels", type=int, choices=(1, 3), default=3, help="1: F sees the mean of colours")
     add("--flow-steps", type=count, default=4, help="couplings per level of F")
-
     programs.choices["reg"].set_defaults(task="reg", train=3000, steps=2000, batch=16, lr=3e-3)
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
     add("--rig", action="store_true", help="plants seen by two cameras on a rig: always the same offset")
     add("--width", type=number(int, 8), default=64, help="of the images that the networks see")
     add("--height", type=number(int, 8), default=64, help="of these images")
-    add("--augment", type=number(float, 0, 0.9), default=0.0, help="share of a pair that a crop cuts off")
+    add("--augment", type=weight, default=0.0, help="bend of A, in shares of the sides")
     add("--registration", choices=("pyramid", "unet"), default="pyramid", help="R; the paper's: unet")
     add("--similarity", choices=("translation", *geomreg.MEASURES), default="translation", help="R's teacher")
     add("--order", choices=("both", "register-first", "translate-first"), default="both", help="of T and phi")
@@ -378,12 +335,13 @@ def parse(argv):
     for net, width in (("R", 24), ("T", 16), ("D", 16)):
         add(f"--{net}-width", type=count, default=width, help=f"channels of {net}")
     add("--T-blocks", type=number(int, 0), default=0, help="residual blocks of T; 0: two convolutions")
-
     o = parser.parse_args(argv)
     changed = (HANDS if o.task == "hands" else {}) | (PAPER[o.task] if o.paper else {})
     programs.choices[o.program].set_defaults(**changed)
     o = parser.parse_args(argv)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    if o.program == "reg" and o.similarity != "translation":  # R alone
+        vars(o).update(match=o.similarity, order="register-first", adversarial=0.0, practice=0.0)
     if o.program == "degia" and (o.flow_size > o.size or o.flow_size % 4):
         raise InputError(f"--flow-size {o.flow_size}: not a multiple of 4 up to --size; choose another")
     if o.program == "degia" and o.method != "pure" and o.steps < o.rounds + 2:
@@ -410,8 +368,6 @@ def main(argv):
         torch.distributed.init_process_group("nccl" if own_gpu else "gloo")
     torch.manual_seed(o.seed)  # for the first values of the networks: the same in each process
     train = train_degia if o.program == "degia" else train_reg
-    if o.program == "reg" and o.similarity != "translation":
-        train = train_R_alone
     train(o, checkpoint)
     if world > 1:
         torch.distributed.barrier()
