@@ -7,9 +7,9 @@
     P_src     the prior of the class, N(gamma G_m(c), G_std(c)^2);  P_x the Gaussian of z = F(x) over images x
     min phase, eq. (5):  l = l_task(M(x), y) - log p_X(x, c)
     max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ] }
-What balances what: l_task is of order 1. So -log p, thousands of nats, is divided by D; d and the feature
-distance are means per dimension too. In (7), -log p / D pushes z off its mean: at deviations of 1, by half
-of the squared distance. alpha d holds back what the images share of it, and is too weak for alpha below 1/2.
+What balances what: l_task is of order 1 (hands: .01), so -log p, thousands of nats, is divided by D; d and
+the feature distance are means per dimension. In (7), at deviations of 1, -log p / D gains half of the squared
+distance of z from its mean; alpha d takes back what the images share of it: too little for alpha below 1/2.
 """
 import torch
 import torch.nn as nn
@@ -131,7 +131,7 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
     log_p = F.prior.log_prob(z, c, shift) + log_det
     std = z.var(0, correction=0).add(1e-8).sqrt()  # the summand: finite gradient for a single image
     d = gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))
-    return (l_task - alpha * feature_distance - log_p / F.dim - alpha * d).sum()
+    return (l_task - alpha * feature_distance - log_p / F.dim - alpha * d).sum()  # d: one number, B times
 
 def ascend(x_src, objective, K, eta, blur):
     """K steps x <- clamp(x + eta g / rms(g)) from x_src; g is d objective / dx after a blur x blur mean. rms

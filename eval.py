@@ -105,7 +105,8 @@ def evaluate_degia(M, F, domains, folder):  # measures of M; F's bits per dim on
     save_grid(rows, folder / "domains.png", outputs)
     if F is None:
         return {"domains": results}
-    samples = F.sample(torch.arange(len(F.poses), device=device).repeat_interleave(12)).split(12)
+    classes = torch.arange(len(F.poses), device=device).repeat_interleave(12)
+    samples = F.sample(classes, torch.Generator(device).manual_seed(0)).split(12)
     save_grid({f"F, class {c}": images for c, images in enumerate(samples)}, folder / "flow.png")
     bits, gen = [], torch.Generator(device).manual_seed(0)
     for x, y in zip(*(tensor.split(500) for tensor in domains["source"])):  # all at once can need gigabytes
@@ -159,7 +160,7 @@ def picture_pairs(phi, I_a, I_b, path):  # figure 4, a column for each of up to 
 
 def overlay(I, outline):  # I in grey, with the strongest edges of another image in red
     edge = geomreg.edges(outline) + 1
-    edge = (edge / edge.flatten(1).quantile(0.9, dim=1).view(-1, 1, 1, 1) - 0.7).clamp(0, 1)
+    edge = (edge / edge.flatten(1).quantile(0.9, 1).clamp_min(1e-6).view(-1, 1, 1, 1) - 0.7).clamp(0, 1)
     return I.mean(1, keepdim=True) / 4 + 0.5 + torch.cat([edge, -edge, -edge], dim=1)
 
 def print_table(results):  # of a results.json: a line per domain or set of pairs

@@ -82,10 +82,10 @@ class AffineCoupling(nn.Module):
         return torch.cat([y_a, torch.exp(-s) * (y_b - t)], dim=1)
 
 class Prior(nn.Module):
-    """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = gamma G_m(c) + lambda H_m(n), Sigma_c = G_std(c)^2, diagonal.
-    G_m and G_std are tables, a row per class. H_m, a network of noise, moves the mean about: the density
-    covers more than the images seen. Likelihood alone would undo that. It would shrink H_m to nothing: so its
-    output is standardized. Or F could spread z until a shift no longer matters: so its std is bounded."""
+    """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = gamma G_m(c) + lambda H_m(n), Sigma_c = diag(G_std(c)^2): tables,
+    a row per class, and H_m, a network of noise, which moves the mean: p_Z covers more than the images seen.
+    Likelihood alone would undo that. It would shrink H_m to nothing: so its output is standardized. Or F could
+    spread z until a shift no longer matters: so its deviation is bounded."""
     def __init__(self, dim, classes, gamma=1.0, lam=0.1):
         super().__init__()
         self.gamma, self.lam = gamma, lam
@@ -133,9 +133,9 @@ class Flow(nn.Module):
         self.prior = Prior(self.dim, classes, gamma, lam)
 
     def forward(self, x, u, initialise=False):  # z = F(x) (B, D) and log |det dz/dy| (B,)
-        y = EPS + (1 - 2 * EPS) * (255 * x + u) / 256
-        h = torch.logit(y)
-        log_det = (math.log(1 - 2 * EPS) - torch.log(y) - torch.log1p(-y)).sum((1, 2, 3))
+        squeezed = EPS + (1 - 2 * EPS) * (255 * x + u) / 256  # of y
+        h = torch.logit(squeezed)
+        log_det = (math.log(1 - 2 * EPS) - torch.log(squeezed) - torch.log1p(-squeezed)).sum((1, 2, 3))
         parts = []
         for layers in self.levels:
             h = nn.functional.pixel_unshuffle(h, 2)  # squeeze: (B, C, H, W) -> (B, 4C, H/2, W/2)
@@ -145,7 +145,7 @@ class Flow(nn.Module):
                 h, change = layer(h)
                 log_det = log_det + change
             if layers is not self.levels[-1]:
-                h, part = h.chunk(2, dim=1)  # the last coupling has normalized `part` given h
+                h, part = h.chunk(2, dim=1)  # part is the y_b that the last coupling made, h the y_a it saw
                 parts.append(part)
         return torch.cat([part.flatten(1) for part in (*parts, h)], dim=1), log_det
 

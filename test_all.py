@@ -271,9 +271,9 @@ def test_a_run_that_is_killed_and_resumed_equals_a_whole_one(words, other, tmp_p
     same(*(torch.tensor([[*row.values()][1:-1] for row in log]).mean(0) for log in (whole["log"], two)), 0.25)
 
 def test_short_runs_learn_and_a_rate_far_too_high_costs_no_checkpoint(tmp_path):
-    _, results = run("degia --method pure --train 999 --steps 150 --size 20 --M-width 32", tmp_path / "d")
+    _, results = run("degia --method pure --train 999 --steps 130 --size 16 --lr 1e-3", tmp_path / "d")
     assert results["domains"]["source"]["accuracy"] > 80 and "bits_per_dim" not in results
-    _, results = run("reg --train 100 --steps 80 --adversarial 0 --smooth 100", tmp_path / "r")
+    _, results = run("reg --train 100 --steps 80 --adversarial 0 --width 32 --height 32", tmp_path / "r")
     assert results["registered"]["scene"] < 0.9 * results["unregistered"]["scene"]
     with pytest.raises(data.InputError, match=r"^step \d+: task is (nan|inf)"):
         run(f"{DEGIA} --steps 8 --method pure --lr 1e30", tmp_path)

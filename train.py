@@ -65,24 +65,24 @@ def train_degia(o, checkpoint):
     optimizer, scheduler = adam(groups, o, betas=(0.9, 0.999))
     pool = {"x": x_src[:0], "source": c_src[:0]}  # new samples; the number of the training image of each
     run = Run(o, checkpoint, pool, M=M, F=F, optimizer=optimizer, scheduler=scheduler)
-    max_steps = [o.steps * i // (o.rounds + 2) for i in range(1, o.rounds + 1)]  # the last part only learns
+    max_steps = [o.steps * i // (o.rounds + 2) for i in range(1, o.rounds + 1)]  # two parts only learn
 
     for step in range(run.step, o.steps):
-        # ---- maximization, eq. (7): ORIGINAL images climb to new samples of plausible new domains
+        # ---- maximization, eq. (7): ORIGINALS climb to what M gets wrong and F finds unlikely, d and M near
         if step in max_steps and o.method != "pure":
             n = max(1, round(o.beta * len(x_src)))
             picked = torch.randperm(len(x_src), generator=generator(o, step, PICKED), device=device)[:n]
             new = new_samples(o, step, M, F, x_src[picked], y_src[picked], c_src[picked])
             pool["x"] = torch.cat([pool["x"], new])
             pool["source"] = torch.cat([pool["source"], picked])
-            run.saved = 0  # save when this step ends: a checkpoint of now would repeat this phase
+            run.saved = 0  # `log` saves when this step ends: saved here, a resumed run would repeat the phase
             if rank == 0:
                 evaluation.picture_new_samples(x_src, pool, n, run.folder / "new_samples.png")
 
         # ---- a batch of originals and, once there are any, new samples, with the labels of their source
-        random = {"generator": generator(o, step, BATCH, rank), "device": device}
+        random = {"generator": generator(o, step, BATCH, rank), "device": device}  # each draw moves it on
         batch = o.batch // world
-        n_new = round(o.share * batch) if len(pool["x"]) else 0
+        n_new = max(1, round(o.share * batch)) if len(pool["x"]) and o.share > 0 else 0
         i = torch.randint(len(x_src), (batch - n_new,), **random)
         j = torch.randint(max(1, len(pool["x"])), (n_new,), **random)  # randint wants a range, even for no j
         x = data.to_float(torch.cat([x_src[i], pool["x"][j]]))
@@ -97,7 +97,7 @@ def train_degia(o, checkpoint):
             n = torch.randn(batch, NOISE_DIM, **random)  # shifts the prior, eq. (8)
             with autocast():
                 log_p = F.log_prob(degia.flow_view(x, F.shape), c_src[source], u, F.prior.shift(n)).mean()
-            loss = loss - log_p / F.dim  # per dimension: thousands of nats would drown l_task
+            loss = loss - log_p / F.dim  # per dimension, as in (7), where the two compete; here they do not
             losses["bits_per_dim"] = bits_per_dim(log_p, F.dim)
         optimizer.zero_grad()
         loss.backward()
@@ -115,7 +115,7 @@ def new_samples(o, step, M, F, x_src, y_src, c_src):
     n = torch.randn(len(x_src), NOISE_DIM, **random)
     new = torch.zeros_like(x_src)
     for one in c_src.unique():
-        for rows in torch.nonzero(c_src == one)[:, 0].split(256):  # P_x is that of these images
+        for rows in torch.nonzero(c_src == one)[:, 0].split(256):  # at most 256 x of a class make one P_x
             x = data.to_float(x_src[rows])
             with autocast(), torch.no_grad():
                 feature_src = M(x)[1].float()
@@ -267,6 +267,7 @@ HANDS = dict(out="runs/hands", M_width=32, size=64, steps=1600, batch=64, beta=0
 PAPER_DEGIA = dict(batch=128, lr=1e-4, flow_lr=1e-4, alpha=1, lam=0.1)
 PAPER_REG = dict(registration="unet", width=256, height=256, batch=12, lr=1e-4, match="l1", adversarial=1,
                  alpha=1, recon=100, smooth=200, practice=0, R_width=32, T_width=64, T_blocks=9, D_width=64)
+R_ALONE = dict(order="register-first", adversarial=0, practice=0, gan="both", l1="both")  # --similarity
 PAPER = {"digits": PAPER_DEGIA, "hands": PAPER_DEGIA | {"size": 256}, "reg": PAPER_REG}
 
 def number(kind, low, high=float("inf")):
@@ -340,8 +341,8 @@ def parse(argv):
     programs.choices[o.program].set_defaults(**changed)
     o = parser.parse_args(argv)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
-    if o.program == "reg" and o.similarity != "translation":  # R alone
-        vars(o).update(match=o.similarity, order="register-first", adversarial=0.0, practice=0.0)
+    if o.program == "reg" and o.similarity != "translation":  # R alone: no T, no D
+        vars(o).update(R_ALONE, match=o.similarity)
     if o.program == "degia" and (o.flow_size > o.size or o.flow_size % 4):
         raise InputError(f"--flow-size {o.flow_size}: not a multiple of 4 up to --size; choose another")
     if o.program == "degia" and o.method != "pure" and o.steps < o.rounds + 2:
@@ -367,8 +368,7 @@ def main(argv):
         own_gpu = device.type == "cuda" and torch.cuda.device_count() >= world  # NCCL needs one per process
         torch.distributed.init_process_group("nccl" if own_gpu else "gloo")
     torch.manual_seed(o.seed)  # for the first values of the networks: the same in each process
-    train = train_degia if o.program == "degia" else train_reg
-    train(o, checkpoint)
+    {"degia": train_degia, "reg": train_reg}[o.program](o, checkpoint)
     if world > 1:
         torch.distributed.barrier()
         os._exit(0)  # gloo's threads abort a process now and then if they outlive it
