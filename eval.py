@@ -122,7 +122,7 @@ def picture_new_samples(x_src, pool, per_round, path):  # of each max round, bel
     save_grid(rows, path)
 
 @torch.no_grad()
-def landmark_errors(R, pairs, most=10 ** 6):  # eq. (7), share of folded pixels; the last field, its images
+def landmark_errors(R, pairs, most=10 ** 6):  # of eq. (7), and folding; phi, I_a, I_b of the last batch
     distances, folded = [], []
     for i in torch.arange(min(most, len(pairs.A))).split(25):
         I_a, I_b = (2 * data.to_float(I[i].to(device)) - 1 for I in (pairs.A, pairs.B))
@@ -132,7 +132,7 @@ def landmark_errors(R, pairs, most=10 ** 6):  # eq. (7), share of folded pixels;
         if pairs.points is not None:
             p_a, p_b = pairs.points[i].to(device).split(2, dim=2)
             moved = warp.warp_points(p_a, phi)
-            moved = torch.where(moved.isnan(), p_a, moved)  # what the field has no place for has not moved
+            moved = torch.where(moved.isnan(), p_a, moved)  # what phi has no place for has not moved
             distances.append(torch.stack([p_a - p_b, moved - p_b]).norm(dim=3).cpu())
     errors = {"unregistered": {"scene": None}, "registered": {"scene": None}}  # without landmarks
     for kinds, d in zip(errors.values(), torch.cat(distances, dim=1) if distances else ()):

@@ -82,10 +82,10 @@ class AffineCoupling(nn.Module):
         return torch.cat([y_a, torch.exp(-s) * (y_b - t)], dim=1)
 
 class Prior(nn.Module):
-    """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = gamma G_m(c) + lambda H_m(n), Sigma_c = diag(G_std(c)^2): tables,
-    a row per class, and H_m, a network of noise, which moves the mean: p_Z covers more than the images seen.
-    Likelihood alone would undo that. It would shrink H_m to nothing: so its output is standardized. Or F could
-    spread z until a shift no longer matters: so its deviation is bounded."""
+    """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = gamma G_m(c) + lambda H_m(n), Sigma_c = diag(G_std(c)^2).
+    G_m and G_std are tables, a row per class. H_m, a network of noise, moves the mean: p_Z covers more than
+    the images seen. Likelihood would undo that: shrink H_m to nothing, so its output is standardized; or
+    spread z until a shift no longer matters, so G_std is bounded."""
     def __init__(self, dim, classes, gamma=1.0, lam=0.1):
         super().__init__()
         self.gamma, self.lam = gamma, lam

@@ -6,8 +6,8 @@
     D         conditional patch discriminator: is this the B that belongs to I_a?
     O_RT = R_S(T(I_a), phi)   translate first
     O_TR = T(R_S(I_a, phi))   register first
-Both orders share one phi. Had T moved something, phi would have to undo it both where T is applied last and
-where phi is, and no one phi does both: so T is forced to keep geometry, and R does all of the moving.
+Both orders share one phi. Had T moved something, phi would have to undo it after T in one order, before T
+in the other: only a nearly constant phi does both. Where phi varies, T keeps geometry and R does the moving.
 """
 import torch
 import torch.nn as nn
@@ -146,7 +146,7 @@ def adversarial(logits, real):
     return nnf.softplus(-logits if real else logits).mean()
 
 def local_mean(I, window):
-    """The mean over windows around each pixel, of (B C, H, W): one channel in channels_last is slow."""
+    """Means over windows around each pixel; of (B C, H, W), as one channel in channels_last is slow."""
     means = nnf.avg_pool2d(I.flatten(0, 1), window, 1, window // 2, count_include_pad=False)
     return means.view(I.shape)
 
@@ -174,11 +174,11 @@ def edges(I):
     rows = grey[:, :, :-2] + 2 * grey[:, :, 1:-1] + grey[:, :, 2:]
     columns = grey[..., :-2] + 2 * grey[..., 1:-1] + grey[..., 2:]
     d_x = rows[..., 2:] - rows[..., :-2]
-    d_y = columns[:, :, 2:] - columns[:, :, :-2]  # Sobel's weights sum to 8; a step from -1 to 1 becomes .6:
+    d_y = columns[:, :, 2:] - columns[:, :, :-2]  # Sobel's weights sum to 8; below, -1 to 1 makes .6
     return 4 * warp.norm(torch.cat([d_x, d_y], dim=1) / 8)[:, None] - 1
 
 def mismatch(measure, I, J, window):
-    """How little I and J match at each pixel; squared where A may show the contrasts of B inverted."""
+    """How little I and J match at each pixel. "ncc" is squared: B may show the contrasts of A inverted."""
     if measure == "l1":
         return (I - J).abs()
     if measure == "correlation":
@@ -186,7 +186,7 @@ def mismatch(measure, I, J, window):
     if measure == "ncc":
         return 1 - correlation(I.mean(1, keepdim=True), J.mean(1, keepdim=True), window) ** 2
     if measure == "ncc-edges":
-        return 1 - correlation(edges(I), edges(J), window) ** 2
+        return 1 - correlation(edges(I), edges(J), window)
     return 1 - ssim(edges(I), edges(J), window)
 
 def distance(measure, I, J, window, scales):

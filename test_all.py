@@ -162,7 +162,6 @@ def test_landmarks_lie_on_the_hand():  # skin is redder than blue, near is brigh
 
 @pytest.mark.parametrize("seed", range(101, 106))
 def test_embedded_plants_are_honestly_misaligned(seed):
-    """By 5 to 7 px of 64, most of which no mean field, translation or affine map can remove."""
     pairs, errors = [p[~p.isnan().any(1)].double() for p in data.make_plants(100, (64, 64), seed).points], []
     for i, pair in enumerate(pairs):
         a, b = pair.split(2, dim=1)

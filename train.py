@@ -30,9 +30,9 @@ rank = int(os.environ.get("RANK", 0))  # torchrun says which of how many process
 world = int(os.environ.get("WORLD_SIZE", 1))
 BATCH, PICKED, ASCENT, FIRST = range(4)  # what is random in a step; each has a stream of its own
 
-def generator(o, step, stream, rank=0):
+def generator(o, step, stream, process=0):
     """SeedSequence mixes the four numbers well; torch's CPU generator keeps only 32 bits of a seed."""
-    seed = np.random.SeedSequence((o.seed, step, stream, rank)).generate_state(1)
+    seed = np.random.SeedSequence((o.seed, step, stream, process)).generate_state(1)
     return torch.Generator(device).manual_seed(int(seed[0]))
 
 def adam(parameters, o, betas=(0.5, 0.999)):
@@ -154,11 +154,11 @@ def train_reg(o, checkpoint):
             O_TR = T(moved)                 # register first
         fakes = {"both": [O_RT, O_TR], "translate-first": [O_RT], "register-first": [O_TR]}[o.order]
 
-        # ---- (1) max over D of eq. (5): tell I_b from the fakes, given I_a
+        # ---- max over D of eq. (5): tell I_b from the fakes, given I_a
         if D is not None:
             with autocast():
                 losses["D"] = geomreg.adversarial(D(I_a, I_b), real=True)
-                for O in fakes:  # constants here: R and T have their turn in (2)
+                for O in fakes:  # constants here: R and T have their turn below
                     losses["D"] = losses["D"] + geomreg.adversarial(D(I_a, O.detach()), real=False)
             opt_D.zero_grad()
             losses["D"].backward()
@@ -168,14 +168,14 @@ def train_reg(o, checkpoint):
             with autocast():
                 losses["gan"] = sum(geomreg.adversarial(D(I_a, O), real=True) for O in fakes)
 
-        # ---- (2) min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
-        scales = 4 if step < 0.2 * o.steps else 2  # far matches first, then precise ones
-        losses["recon"] = sum(geomreg.distance(o.match, O, I_b, o.window, scales) for O in fakes)
+        # ---- min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
+        scales = 1 if o.match == "l1" else 4 if step < 0.2 * o.steps else 2  # L1: as in (4); else far first
+        losses["recon"] = sum(geomreg.distance(o.match, O, I_b, o.window, scales) for O in fakes)  # (4)
         losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
         if o.practice > 0:
             losses["practice"] = practice(R, I_a, T_a, gen)
         stiffness = o.smooth * min(1.0, 0.1 + 3 * step / o.steps)  # a field that is stiff at once never moves
-        pull = o.recon * 2 / len(fakes)  # one order alone pulls as hard as two
+        pull = o.recon * 2 / len(fakes)  # one order, and R alone too, counts twice
         weights = {"gan": o.adversarial, "recon": pull, "smooth": stiffness, "practice": o.practice}
         terms = {name: weight * losses[name] for name, weight in weights.items() if name in losses}
         opt_RT.zero_grad()
@@ -193,10 +193,10 @@ def train_reg(o, checkpoint):
     run.finish(lambda: evaluation.evaluate_reg(R, pairs, run.folder))
 
 def practice(R, I_a, T_a, gen):
-    """Not in the paper: R finds a known field between A and T's picture of A; error in widths."""
+    """Not in the paper: A, and T(A) warped by a field drawn like the plants' own; R's error, in widths."""
     n, _, height, width = I_a.shape
     known = warp.random_field(n, (height, width), data.BEND, data.SHIFT, gen)
-    contrast, light = torch.randn(2, n, 1, 1, 1, generator=gen, device=device)  # T is not yet right
+    contrast, light = torch.randn(2, n, 1, 1, 1, generator=gen, device=device)  # not to trust greys
     picture = warp.resample(T_a.detach(), known, "border") * (1 + 0.3 * contrast) + 0.2 * light
     with autocast():
         return warp.norm(R(I_a, picture) - known).mean() / width
@@ -261,7 +261,7 @@ class Run:
             print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and pictures", flush=True)
 
 # ---------------------------------------------------------------- options
-# What --task hands changes, and what the papers state: --paper, which wins. Explicit options win over both.
+# What --task hands changes; --paper: the papers' values, unstated sizes ours. Explicit options win over both.
 HANDS = dict(out="runs/hands", M_width=32, size=64, steps=1600, batch=64, beta=0.1667, share=1 / 16, eta=0.2,
              blur=9, flow_size=4)
 PAPER_DEGIA = dict(batch=128, lr=1e-4, flow_lr=1e-4, alpha=1, lam=0.1)

@@ -69,8 +69,8 @@ def random_field(n, size, bend, shift, gen):
 
 def warp_points(points, phi, iterations=200):
     """Where what I shows at points p (B, N, 2) is seen in R_S(I, phi): the q (B, N, 2) with q + phi(q) = p.
-    Each step goes half of the way left over: a whole step overshoots, ever further, where phi stretches with
-    a slope above 1; half a step finds q up to a slope of 3. NaN where 0.1 px is left: phi folds."""
+    Half steps: whole ones diverge where phi grows by more than 1 px per px, half ones only beyond 3 px.
+    NaN where more than 0.1 px is left: phi folds there, or squeezes I more than fourfold."""
     p = q = points.transpose(1, 2)[..., None].to(phi)  # (B, 2, N, 1)
     for _ in range(iterations):
         left_over = p - q - sample_at(phi, q, "border")
