@@ -314,7 +314,7 @@ def parse(argv):
     add("--flow-size", type=number(int, 4), default=8, help="side of the image that F sees")
     add("--flow-channels", type=int, choices=(1, 3), default=3, help="1: F sees the mean of colours")
     add("--flow-steps", type=count, default=4, help="couplings per level of F")
-    programs.choices["reg"].set_defaults(task="reg", train=3000, steps=2000, batch=16, lr=3e-3)
+    programs.choices["reg"].set_defaults(task="reg", train=3000, steps=1600, batch=16, lr=3e-3)
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
     add("--rig", action="store_true", help="plants seen by two cameras on a rig: always the same offset")
