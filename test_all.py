@@ -144,6 +144,7 @@ def test_smoothness_is_eq_2_neighbour_by_neighbour(alpha):
             bend = (phi[:, y, x] - phi[:, v, u]) / torch.tensor([2.5, 2.0])  # in half-sides
             total += torch.exp(-alpha * (O_s[:, y, x] - O_s[:, v, u]).norm()) * bend.norm()
     same(warp.smoothness(phi[None], O_s[None], alpha), total / 30 * 6 / 256, 1e-6)
+    assert not warp.smoothness(phi[None], O_s[None].requires_grad_(), alpha).requires_grad  # a constant
     small, large = (warp.smoothness(smooth_field(1, (s, s)), torch.zeros(1, 1, s, s), 1.0) for s in (64, 128))
     assert small.item() == pytest.approx(large.item(), rel=0.05)
 
