@@ -282,7 +282,7 @@ def parse(argv):
     count, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
     raw, quiet = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS  # no usage: an error is one line
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, usage=quiet)
-    programs = parser.add_subparsers(dest="program", required=True)
+    programs = parser.add_subparsers(dest="program", required=True, prog="train.py")
     show = argparse.ArgumentDefaultsHelpFormatter
     for name in ("degia", "reg"):
         add = programs.add_parser(name, formatter_class=show, usage=quiet, allow_abbrev=False).add_argument
