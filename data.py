@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from math import cos, pi, sin
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -16,8 +17,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 import warp
 
-UNSEEN_LOOKS = ("difference", "paint", "chalk")
-IMAGE_SUFFIXES = ".png .jpg .jpeg .bmp .tif .tiff .webp".split()
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+Image.MAX_IMAGE_PIXELS = None  # `open_image` has the same limit, but Pillow calls a larger one an attack
 TEST_SEED = 999_003  # the digits, hands and scenes that are measured are the same for every --seed
 BEND, SHIFT = 0.088, 0.02  # how plants are misaligned: at 3x3 knots, and as a whole; in shares of the sides
 RADII = (0.10, 0.10, 0.10, 0.09, 0.11)  # of fingers, index to little, and thumb, in palm lengths
@@ -33,7 +34,7 @@ class InputError(Exception):
     """What a user can mend; the message names the file or value, and the remedy."""
 
 def to_tensor(picture):  # a Pillow picture as uint8 (C, H, W)
-    return torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1)
+    return torch.tensor(np.atleast_3d(picture)).permute(2, 0, 1)
 
 def to_uint8(images):  # images in [0, 1], clamped and rounded to their 256 levels
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
@@ -51,17 +52,15 @@ def photograph(picture, rng):  # at half its size and with the noise of a sensor
 
 def make_digits(n, size, seed):  # slanted, stretched, bent: (n, 1, size, size) in [0, 1]; labels (n,)
     rng = np.random.default_rng(seed)
-    font = ImageFont.load_default(size=3.4 * size)
-    centre = (2 * size, 2 * size)
-    labels = rng.integers(10, size=n)
-    digits = []
+    font, centre = ImageFont.load_default(size=3.4 * size), (2 * size, 2 * size)
+    labels, digits = rng.integers(10, size=n), []
     for label in labels:
         canvas = Image.new("L", (4 * size, 4 * size))
-        thickness = round(rng.uniform(0, 0.2) * size)
-        ImageDraw.Draw(canvas).text(centre, str(label), 255, font, anchor="mm", stroke_width=thickness)
+        bold = round(rng.uniform(0, 0.2) * size)
+        ImageDraw.Draw(canvas).text(centre, str(label), 255, font, anchor="mm", stroke_width=bold)
         A = np.diag(rng.uniform(0.9, 1.4, 2)) + rng.uniform(-0.35, 0.35, (2, 2))
         b = centre - A @ centre + rng.uniform(-0.3, 0.3, 2) * size  # Pillow maps new places to old
-        canvas = canvas.transform(canvas.size, Image.AFFINE, (*A[0], b[0], *A[1], b[1]), Image.BILINEAR)
+        canvas = canvas.transform(canvas.size, Image.AFFINE, np.c_[A, b].ravel(), Image.BILINEAR)
         digits.append(to_tensor(canvas.reduce(4)) / 255)
     field = warp.random_field(n, (size, size), 0.04, 0.0, torch.Generator().manual_seed(seed))
     return warp.resample(torch.stack(digits), field), torch.from_numpy(labels)
@@ -87,8 +86,7 @@ def apply_look(look, x, seed):  # digits x (B, 1, S, S) in [0, 1] as a domain sh
 
 def pose_hand(rng):  # left, (5 fingers, 5, 3): wrist, knuckle, two joints, tip; x, y, and z to the camera
     joints = np.zeros((5, 5, 3))
-    joints[:, 0, 0] = 0.45 * KNUCKLES[:, 0]
-    joints[:, 1, :2] = KNUCKLES
+    joints[:, :2, :2] = KNUCKLES[:, None] * [[0.45, 0], [1, 1]]
     spread = rng.uniform(0.3, 1.7)
     fist = rng.uniform(0.2, 1.4) * rng.integers(2)  # half of the hands are open
     for joint, bones, direction in zip(joints, BONES, DIRECTIONS):
@@ -103,8 +101,7 @@ def pose_hand(rng):  # left, (5 fingers, 5, 3): wrist, knuckle, two joints, tip;
     return joints
 
 def stroke(picture, start, end, radius, colour):  # a thick line with round ends; z does not count
-    pen = ImageDraw.Draw(picture)
-    colour = tuple(map(int, colour))
+    pen, colour = ImageDraw.Draw(picture), tuple(map(int, colour))
     pen.line([*start[:2], *end[:2]], colour, round(2 * radius))
     for point in (start, end):
         pen.circle(point[:2], radius, colour)
@@ -112,12 +109,13 @@ def stroke(picture, start, end, radius, colour):  # a thick line with round ends
 def draw_hand(side, rng):  # RGB, depth and X-ray at half that side, and 17 landmarks (34,) in shares of it
     joints = pose_hand(rng)
     low = joints[:, 1:, :2].min((0, 1))
-    extent = joints[:, 1:, :2].max((0, 1)) - low
+    extent = np.ptp(joints[:, 1:, :2], (0, 1))
     palm = rng.uniform(0.5, 0.8) * side / max(*extent, 1.4)  # its length in pixels: all fingers fit
     joints *= palm
     joints[..., :2] += rng.uniform(0.03, 0.97, 2) * (side - palm * extent) - palm * low
-    bones = [(joint[k], joint[k + 1], (radius if k > 0 else 0.13) * palm)
-             for joint, radius in zip(joints, RADII) for k in range(4)]
+    bones = []
+    for joint, radius in zip(joints, RADII):
+        bones += zip(joint, joint[1:], palm * np.array([0.13, radius, radius, radius]))
     bones += [(wrist, wrist + [0, 1.7 * palm, 0], 0.14 * palm) for wrist in joints[[0, 3], 0]]  # the arm
     rgb = clouds((side, side), 5, rng.uniform(60, 180), 60, rng)  # mostly grey, as rooms are
     depth = Image.new("L", (side, side), int(rng.integers(10, 60)))
@@ -141,15 +139,14 @@ def make_hands(n, size, seed):  # {"source": RGB, "depth", "xray": (n, 3, size, 
     *views, landmarks = map(torch.stack, zip(*(draw_hand(2 * size, rng) for _ in range(n))))
     return dict(zip(("source", "depth", "xray"), views)), landmarks
 
-def plant_scene(rng):  # random things, far ones first; each has a bright mark, whose two ends are landmarks
-    things = []
+def plant_scene(rng):  # random things; each has a bright mark, whose two ends are landmarks
     for _ in range(5):
         stone = rng.uniform([0, 0.7], [1, 1]) + rng.uniform(0.05, 0.08) * STONE
-        things.append(Thing(stone, rng.uniform(0, 0.5), (0.8, 0.75, 0.65), 0.75, False))
+        yield Thing(stone, rng.uniform(0, 0.5), (0.8, 0.75, 0.65), 0.75, False)
         label = rng.uniform([0, 0.05], [1, 0.6]) + rng.uniform(0.06, 0.09) * STONE[[0, 3, 6, 9, 12, 13]]
-        things.append(Thing(label, rng.uniform(0, 0.5), (0.15, 0.1, 0.2), 0.1, False))
+        yield Thing(label, rng.uniform(0, 0.5), (0.15, 0.1, 0.2), 0.1, False)
     root = rng.uniform([0.38, 0.66], [0.62, 0.78])
-    things.append(Thing(root + POT, 0.5, (0.7, 0.35, 0.2), 0.8, False))
+    yield Thing(root + POT, 0.5, (0.7, 0.35, 0.2), 0.8, False)
     for _ in range(8):
         angle, length, width = rng.uniform([-3.0, 0.28, 0.06], [-0.14, 0.48, 0.09])
         along = np.array([cos(angle), sin(angle)])
@@ -157,8 +154,7 @@ def plant_scene(rng):  # random things, far ones first; each has a bright mark, 
         midrib = root + length * (t * along + rng.uniform(0, 0.6) * t ** 2 * [0, 1])  # it droops
         half = width * np.sin(np.pi * t) * along[::-1] * [-1, 1]
         leaf = np.concatenate([midrib + half, (midrib - half)[::-1], midrib[[3, 6]]])
-        things.append(Thing(leaf, rng.uniform(0.4, 1), (0.25, 0.6, 0.2), 0.2, True))
-    return sorted(things, key=lambda thing: thing.depth)
+        yield Thing(leaf, rng.uniform(0.4, 1), (0.25, 0.6, 0.2), 0.2, True)
 
 def draw_scene(things, size, modality, rng):  # the picture; all ends of marks (P, 2) in pixels; visible? (P,)
     sides = np.array(size[::-1])
@@ -185,14 +181,13 @@ def misaligned(thing, knots, shift):  # moved by a field quadratic in x and in y
 
 def make_plants(n, size, seed, modality="ir", rig=False):
     """n misaligned pairs, less on a rig; points (n, P, 4): pixels, NaN if hidden; salient: on the plant."""
-    rng = np.random.default_rng(seed)
+    rng, pairs = np.random.default_rng(seed), []
     share, mean, slope = (0.35, [0.07, 0.04], [0.10, 0]) if rig else (1, 0, 0)  # rig: two cameras
-    pairs = []
     for _ in range(n):
         knots = share * rng.normal(0, BEND, (3, 3, 2))
         offset = share * rng.normal(0, SHIFT, 2) + mean
         parallax = (not rig) * rng.normal(0, 0.03, 2) + slope
-        things = plant_scene(rng)
+        things = sorted(plant_scene(rng), key=lambda thing: thing.depth)  # far ones first
         moved = [misaligned(thing, knots, offset + parallax * (thing.depth - 0.5)) for thing in things]
         A, p_a, in_a = draw_scene(things, size, "rgb", rng)
         B, p_b, in_b = draw_scene(moved, size, modality, rng)
@@ -202,69 +197,86 @@ def make_plants(n, size, seed, modality="ir", rig=False):
     return Pairs(*map(torch.stack, zip(*pairs)))
 
 @contextmanager
-def blaming(what, remedy):  # whatever fails inside becomes an InputError: what, the reason, the remedy
+def blaming(what, remedy="correct it"):  # what fails inside becomes an InputError: what, reason, remedy
     try:
         yield
     except Exception as error:  # which one depends on the bytes of the file
-        raise InputError(f"{what} ({error}); {remedy}") from None
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{what} ({reason}); {remedy}") from None
 
 def stretch(pixels):  # deep ones as 8 bits, from the .5 to the 99.5 percentile of those that count
     inside = np.isfinite(pixels)
     inside &= pixels > pixels[inside].min(initial=np.inf)  # often padding or "no data": it alone gets black
     low, high = np.percentile(pixels[inside], (0.5, 99.5)) if inside.any() else (0, 1)
-    if low == high and inside.any():  # a few bright spots
+    if low == high:  # a few bright spots
         low, high = pixels[inside].min(), pixels[inside].max()
-    levels = 1 + 254 * ((pixels - low + 1e-6) / (high - low + 1e-6)).clip(0, 1)
+    levels = 1 + 254 * ((pixels - low) / max(high - low, 1e-30)).clip(0, 1)
     return Image.fromarray(np.where(inside, levels.round(), 0).astype(np.uint8))
 
 def open_image(path, mode="RGB"):
     """The file, upright, on black, 8 bits deep: "RGB", "L" (grey) or, with mode None, whichever it is."""
-    with blaming(f"{path}: not a readable image", "save as one 8-bit RGB or grey"), Image.open(path) as image:
-        pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo, its preview
-        deep = ";16" in str(image.tile) and image.mode[0] not in "IF"  # Pillow would drop the low bytes
-        if pages > 1 or deep or image.mode in ("CMYK", "YCbCr", "LAB", "HSV"):
-            raise ValueError(f"{pages} pages, {image.mode}{' of 16 bits' if deep else ''}")
+    with blaming(f"{path}: not a readable image", "save as one 8-bit RGB or grey"), open(path, "rb") as file:
+        image = Image.open(file, formats=("PNG", "JPEG", "BMP", "TIFF", "WEBP"))
+        stored = str(image.tile)
+        tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits, 262 is 0 if white is
+        deep = image.mode[0] in "IF"  # one channel of 16 bits or more; of more channels, Pillow drops bits
+        wrong = {"several pages": image.format != "MPO" and getattr(image, "n_frames", 1) > 1,  # MPO: photo
+                 "16 bits per channel": not deep and (";16" in stored or max(tags.get(258, [8])) > 8),
+                 f"mode {image.mode}": image.mode in ("CMYK", "YCbCr", "LAB", "HSV"),
+                 "white stored as 0": deep and tags.get(262) == 0,
+                 "over 178 megapixels: make it smaller": image.width * image.height > 178e6}
+        if any(wrong.values()):
+            raise ValueError(", ".join(reason for reason in wrong if wrong[reason]))
         picture = ImageOps.exif_transpose(image)
-        picture = stretch(np.asarray(picture, np.float32)) if picture.mode[0] in "IF" else picture
+        if deep:
+            pixels = np.asarray(picture)
+            pixels = pixels.view(np.uint32) if "I;32N" in stored else pixels  # Pillow takes them for signed
+            picture = stretch(pixels.astype(np.float32))
         if picture.has_transparency_data:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture.convert("RGBA"))
         return picture.convert("RGB").convert(mode or ("L" if image.mode[0] in "1LIF" else "RGB"))
 
-def read_images(files, size, mode="RGB", with_sides=False):
-    """The files as uint8 (N, C, H, W) of size (H, W); on demand their own widths and heights (N, 2), too."""
+def read_images(files, size, mode="RGB"):  # uint8 (N, C, H, W) of size (H, W); the files' own (width, height)
     def read(path):
         picture = open_image(path, mode)
         return to_tensor(picture.resize(size[::-1], Image.BILINEAR)), picture.size
     images, sides = zip(*ThreadPoolExecutor().map(read, files))
-    images = torch.stack(torch.broadcast_tensors(*images))  # one coloured image makes all of them coloured
-    return (images, sides) if with_sides else images
+    return torch.stack(torch.broadcast_tensors(*images)), sides  # one coloured image makes all coloured
+
+def say(folder, found, used):  # what was found in a folder, and what else lies there
+    others = [path.name for path in sorted(folder.glob("[!.]*")) if path.name not in (*used, "Thumbs.db")]
+    print(f"{folder}: {found}; passed over: {', '.join(others[:9]) or 'nothing'}", flush=True)
 
 def list_images(folder):  # {stem: path}, sorted; names that begin with a dot are some system's own
     files = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in IMAGE_SUFFIXES]
-    found = {path.stem: path for path in files}
+    found = {normalize("NFC", path.stem): path for path in files}
     if not files or len(found) < len(files):
         raise InputError(f"{folder}: no such folder, or no image in it, or two of one name; correct it")
+    say(folder, f"{len(files)} images", [path.name for path in files])
     return found
 
-def read_landmarks(table, columns, sides):
-    """The lines (n, K) of each image in a csv `name,columns`, pixels as shares of its sides {stem: (K,)}."""
+def read_landmarks(table, sides):
+    """Points (n, 4) of each pair in a csv `name,xa,ya,xb,yb`: pixels as shares of its sides {stem: (4,)}."""
     rows = {stem: [] for stem in sides}
     with blaming(f"{table}: not a readable table", "correct it as README.md says"):
         lines = list(csv.reader(table.read_text("utf-8-sig", "replace").splitlines(), skipinitialspace=True))
-        if lines[:1] != [["name", *columns]]:
-            raise ValueError(f"its first line must be name,{','.join(columns)}")
+        if lines[:1] != [["name", "xa", "ya", "xb", "yb"]]:
+            raise ValueError("its first line must be name,xa,ya,xb,yb")
     for number, (name, *words) in filter(all, enumerate(lines[1:], 2)):  # all: no empty line
+        name = normalize("NFC", name)
         stem = name if name in sides else Path(name).stem
         line = f"{table}, line {number}: {','.join([name, *words])[:60]!r}"
-        with blaming(f"{line} is not an image here and {len(columns)} pixels inside it", "correct it"):
-            row = np.array(words, float).reshape(len(columns))
+        with blaming(f"{line} is not an image here and 4 pixels inside it"):
+            row = np.array(words, float).reshape(4)
             if not ((row >= -1) & (row <= sides[stem])).all():
                 raise ValueError("a point is outside")
-            rows[stem].append((row + 0.5) / sides[stem])
-    return [torch.tensor(np.reshape(row, (-1, len(columns)))) for row in rows.values()]
+            rows[stem].append(row)
+    pixels = [np.reshape(row, (-1, 4)) for row in rows.values()]
+    if np.concatenate(pixels).max(initial=0) <= 1:
+        raise InputError(f"{table}: no coordinate is above 1; give pixels, not shares, or remove it")
+    return [torch.tensor((row + 0.5) / side) for row, side in zip(pixels, sides.values())]
 
-def load_mnist(folder, split, size):
-    """Images (N, 1, size, size) in [0, 1] and labels (N,) of MNIST's "train" or "t10k", plain or .gz."""
+def load_mnist(folder, split, size):  # images (N, 1, size, size) in [0, 1], labels (N,); plain or .gz
     arrays = []
     for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
         path = Path(folder, f"{split}-{kind}-ubyte")
@@ -279,39 +291,17 @@ def load_mnist(folder, split, size):
         raise InputError(f"{folder}: {len(x)} images, {len(y)} labels up to {top}, not digits; fetch again")
     return nnf.interpolate(x[:, None] / 255, (size, size), mode="bilinear", antialias=True), y.long()
 
-def load_mnist_m(folder, size):
-    """Images (N, 3, size, size) and labels of a split of MNIST-M in a folder: NAME/ and NAME_labels.txt."""
-    table = min(folder.glob("mnist_m_*_labels.txt"), default=None)  # test before train
-    lines = table.read_text("utf-8", "replace").splitlines() if table else []
-    if not lines:
-        raise InputError(f"{folder}: no such folder, or no line in its mnist_m_test_labels.txt; correct it")
+def load_mnist_m(folder, size):  # images (N, 3, size, size), labels of a split: NAME/ and NAME_labels.txt
+    with blaming(f"{folder}: no such folder, or no mnist_m_test_labels.txt in it"):
+        table = min(folder.glob("mnist_m_*_labels.txt"))  # test before train
+        lines = table.read_text("utf-8", "replace").splitlines() or [""]
     files, labels = [], []
     for number, line in enumerate(lines, 1):
-        with blaming(f"{table}, line {number}: {line[:60]!r} is not `image digit`", "correct it"):
+        with blaming(f"{table}, line {number}: {line[:60]!r} is not `image digit`"):
             name, label = line.strip().rsplit(" ", 1)
-            files.append(folder / table.name.removesuffix("_labels.txt") / name)
             labels.append(list("0123456789").index(label))
-    return read_images(files, (size, size)), torch.tensor(labels)
-
-def load_landmarks(folder, size):
-    """Images (N, 3, size, size) and landmarks (N, 34) of a folder with images/ and landmarks.csv."""
-    files = list_images(folder / "images")
-    x, sides = read_images(files.values(), (size, size), with_sides=True)
-    columns = [f"{axis}{i}" for i in range(17) for axis in "xy"]
-    rows = read_landmarks(folder / "landmarks.csv", columns, dict(zip(files, np.tile(sides, 17))))
-    for path, found in zip(files.values(), rows):
-        if len(found) != 1:
-            raise InputError(f"{path}: has {len(found)} lines in landmarks.csv, needs one; correct it")
-    return x, torch.cat(rows).float()
-
-def finish(o, x, y, domains, read):  # as many as --train asks for; the user's folders among the domains
-    if len(x) < (o.train or 1):
-        raise InputError(f"--train {o.train or 1}: there are only {len(x)} training images; ask for fewer")
-    for folder in [Path(name).resolve() for name in o.unseen]:
-        if folder.name in domains:
-            raise InputError(f"{folder}: a second domain of that name; rename the folder")
-        domains[folder.name] = read(folder, o.size)
-    return x[:o.train], y[:o.train], domains
+            files.append(folder / table.name.removesuffix("_labels.txt") / name)
+    return read_images(files, (size, size))[0], torch.tensor(labels)
 
 def load_digits(o):
     """Training images (N, 3, S, S), labels (N,), and the domains to measure: {name: (images, labels)}."""
@@ -319,32 +309,35 @@ def load_digits(o):
     embedded = o.data == "embedded"
     x, y = make_digits(n, o.size, 2 * o.seed) if embedded else load_mnist(o.data, "train", o.size)
     x_test, y_test = make_digits(2000, o.size, TEST_SEED) if embedded else load_mnist(o.data, "t10k", o.size)
-    looks = UNSEEN_LOOKS if embedded and not o.unseen else ()
-    domains = {look: (apply_look(look, x_test, seed=7), y_test) for look in ("source", *looks)}
-    return finish(o, apply_look("source", x[:n], 0), y[:n], domains, load_mnist_m)
+    if len(x) < (o.train or 1):
+        raise InputError(f"--train {o.train or 1}: there are only {len(x)} training images; ask for fewer")
+    looks = ("source", "difference", "paint", "chalk") if embedded and not o.unseen else ("source",)
+    domains = {look: (apply_look(look, x_test, seed=7), y_test) for look in looks}
+    for folder in (Path(name).resolve() for name in o.unseen):
+        if folder.name in domains:
+            raise InputError(f"{folder}: a second domain of that name; rename the folder")
+        domains[folder.name] = load_mnist_m(folder, o.size)
+    return apply_look("source", x[:n], 0), y[:n], domains
 
-def load_hands(o):
-    """As load_digits: RGB hands, their landmarks, the domains. Of a folder every tenth image is held out."""
-    if o.data == "embedded":
-        views, y = make_hands(o.train or 3000, o.size, seed=2 * o.seed)
-        tests, y_test = make_hands(500, o.size, TEST_SEED)
-        return finish(o, views["source"], y, {name: (I, y_test) for name, I in tests.items()}, load_landmarks)
-    x, y = load_landmarks(Path(o.data), o.size)
-    held_out = torch.arange(len(x)) % 10 == 0
-    return finish(o, x[~held_out], y[~held_out], {"source": (x[held_out], y[held_out])}, load_landmarks)
+def load_hands(o):  # as load_digits: RGB hands (N, 3, S, S), landmarks (N, 34) in shares of the side
+    if o.data != "embedded" or o.unseen:
+        raise InputError("--task hands: has its own drawn hands alone; omit --data and --unseen")
+    views, y = make_hands(o.train or 3000, o.size, seed=2 * o.seed)
+    tests, y_test = make_hands(500, o.size, TEST_SEED)
+    return views["source"], y, {name: (images, y_test) for name, images in tests.items()}
 
 def read_pairs(folder, size, modes):  # a split: A and B of one name, with their landmarks in pixels at `size`
     a, b = (list_images(folder / side) for side in "AB")
     for stem in a.keys() ^ b.keys():
         raise InputError(f"{a.get(stem) or b[stem]}: no partner of that name; add one or remove it")
-    A, sides_a = read_images(a.values(), size, modes["A"], with_sides=True)
-    B, sides_b = read_images([b[stem] for stem in a], size, modes["B"], with_sides=True)
-    table = folder / "landmarks.csv"
-    if not table.exists():
-        return Pairs(A, B, None, None)
-    rows = read_landmarks(table, ["xa", "ya", "xb", "yb"], dict(zip(a, np.hstack([sides_a, sides_b]))))
-    points = torch.nn.utils.rnn.pad_sequence(rows, True, torch.nan) * torch.tensor(2 * size[::-1])
-    return Pairs(A, B, (points - 0.5).float(), None)
+    A, sides_a = read_images(a.values(), size, modes["A"])
+    B, sides_b = read_images([b[stem] for stem in a], size, modes["B"])
+    table, rows, points = folder / "landmarks.csv", [], None
+    if table.exists():
+        rows = read_landmarks(table, dict(zip(a, np.hstack([sides_a, sides_b]))))
+        points = torch.nn.utils.rnn.pad_sequence(rows, True, torch.nan) * torch.tensor(2 * size[::-1]) - 0.5
+    say(folder, f"{len(A)} pairs, {sum(map(len, rows))} pairs of points", ("A", "B", "landmarks.csv"))
+    return Pairs(A, B, None if points is None else points.float(), None)
 
 def load_pairs(o, modes=None):
     """{"train": Pairs, "test": Pairs} and the modes {"A": "RGB" or "L", "B"}: found, or those of a run."""
@@ -357,12 +350,5 @@ def load_pairs(o, modes=None):
     train = read_pairs(folder / "train", size, modes or {"A": None, "B": None})
     modes = {side: "RGB" if images.shape[1] == 3 else "L" for side, images in zip("AB", train)}
     test = read_pairs(folder / "test", size, modes) if (folder / "test").is_dir() else train
+    say(folder, "train/" if test is train else "train/, test/", ("train", "test"))
     return {"train": train, "test": test}, modes
-
-def augment(I_a, I_b, bend, gen):
-    """Both flipped or not; A alone bent, by `bend` sides (std) at 3x3 knots: honest for unaligned pairs."""
-    flip = torch.rand(len(I_a), 1, 1, 1, generator=gen, device=gen.device) < 0.5
-    I_a, I_b = (torch.where(flip, I.flip(3), I) for I in (I_a, I_b))
-    if bend > 0:
-        I_a = warp.resample(I_a, warp.random_field(len(I_a), I_a.shape[2:], bend, 0.0, gen), "border")
-    return I_a, I_b

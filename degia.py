@@ -3,7 +3,7 @@
     x, y, c   image (B, 3, H, W) in [0, 1], its target, its class (digits: c = y, hands: the nearest pose)
     x_src     the training image that x grew from
     M         task network; M(x) in eq. (7) is its *template feature*, the input of its last layer
-    F         class-conditional flow of the training set; it sees x averaged down to F.shape, D numbers
+    F         class-conditional flow of the training set; it sees x averaged down, D numbers
     P_src     the prior of the class, N(gamma G_m(c), G_std(c)^2);  P_x the Gaussian of z = F(x) over images x
     min phase, eq. (5):  l = l_task(M(x), y) - log p_X(x, c)
     max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ] }
@@ -97,13 +97,13 @@ def build(o, y=None):
     """M and F (or None) of options o, untrained; hands get mean_pose and poses from y, or a checkpoint."""
     outputs, classes = (34, POSES) if o.task == "hands" else (10, 10)
     M = TaskNetwork(o.backbone, o.M_width, o.size, outputs)
-    has_landmarks = o.task == "hands" and y is not None
-    if has_landmarks:
+    y = y if o.task == "hands" else None
+    if y is not None:
         M.mean_pose.copy_(y.mean(0))
     if o.method != "degia":
         return M, None
-    F = Flow(o.flow_channels, o.flow_size, classes, steps=o.flow_steps, lam=o.lam)
-    F.register_buffer("poses", k_means(y, POSES) if has_landmarks else torch.zeros(classes, 34))
+    F = Flow(3, o.flow_size, classes, steps=o.flow_steps, lam=o.lam)
+    F.register_buffer("poses", torch.zeros(classes, 34) if y is None else k_means(y, POSES))
     return M, F
 
 # ---------------------------------------------------------------- the two objectives
@@ -113,10 +113,8 @@ def task_loss(output, y):
         return (output.float() - y).square().mean(1)
     return nnf.cross_entropy(output.float(), y, reduction="none")
 
-def flow_view(x, shape):
-    """What F sees of x: averaged down to shape (C, S, S), so the ascent paints regions instead of noise."""
-    x = x.mean(1, keepdim=True) if shape[0] == 1 else x
-    return nnf.adaptive_avg_pool2d(x.float(), shape[1])
+def flow_view(x, F):  # what F sees of x, averaged down: so the ascent paints regions instead of noise
+    return nnf.adaptive_avg_pool2d(x.float(), F.shape[1])
 
 def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
     """Eq. (7), its bracket multiplied out, summed over images x of ONE class c (B,), as P_x and P_src are.
@@ -127,7 +125,7 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
     feature_distance = (feature.float() - feature_src).square().mean(1)
     if F is None:
         return (l_task - alpha * feature_distance).sum()  # adversarial data augmentation (ADA)
-    z, log_det = F(flow_view(x, F.shape), u)
+    z, log_det = F(flow_view(x, F), u)
     log_p = F.prior.log_prob(z, c, shift) + log_det
     std = z.var(0, correction=0).add(1e-8).sqrt()  # the summand: finite gradient for a single image
     d = gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))
@@ -146,8 +144,7 @@ def ascend(x_src, objective, K, eta, blur):
         x = (x.detach() + eta * g / rms).clamp(0, 1)
     return x
 
-def classes_of(y, F):
-    """The class c of each target: a digit itself, of landmarks the nearest of F's poses; 0 without F."""
+def classes_of(y, F):  # the class c of each target: a digit itself, the nearest of F's poses; 0 without F
     if F is None:
         return torch.zeros(len(y), dtype=torch.int64, device=y.device)
     return torch.cdist(y, F.poses.to(y)).argmin(1) if y.is_floating_point() else y

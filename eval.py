@@ -3,20 +3,19 @@
     python eval.py runs/degia                            its numbers and pictures once more
     python eval.py runs/mnist --unseen mnist_m           on domains that it has never seen
     python eval.py runs/degia --images a.png b.png       a digit, or landmarks, each; runs/reg: A aligned to B
-    python eval.py tables reg --seeds 3                  the tables of a paper, row by row
-"""
+    python eval.py align a.png b.png                     A aligned to B, without a run or any training
+    python eval.py tables reg --seeds 3                  the tables of a paper, row by row"""
 import csv
 import json
-import os
 import re
 import subprocess
 import sys
-from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawTextHelpFormatter
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 import data
 import degia
@@ -25,36 +24,37 @@ import warp
 from flows import bits_per_dim
 
 FORMAT = "degia and geomreg, version 2"
-device = torch.device("cpu")
-bfloat16 = any(torch.cpu.get_capabilities().get(f"{unit}_bf16") for unit in ("amx", "avx512"))  # no emulation
-if torch.cuda.is_available():
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+bfloat16 = any(torch.cpu.get_capabilities().get(f"{unit}_bf16") for unit in ("amx", "avx512"))
+if device.type == "cuda":
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
 
-def autocast():  # bfloat16 for layers where the hardware multiplies it; all else stays float32
+def autocast():  # bfloat16 for layers where the hardware itself multiplies it; all else stays float32
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 def save_grid(rows, path, outputs=None):  # {label: images in [0, 1]}; on them [(M(x), y), ...] of each row
     columns = max(map(len, rows.values()))
-    side = max(128, min(384, 1536 // columns))
+    width = max(128, min(384, 1536 // columns))
+    one = next(iter(rows.values()))[0]
+    height = max(1, width * one.shape[1] // one.shape[2])
     margin = 12 + 7 * max(map(len, rows))
-    sheet = Image.new("RGB", (margin + columns * (side + 4), len(rows) * (side + 4)), "white")
+    sheet = Image.new("RGB", (margin + columns * (width + 4), len(rows) * (height + 4)), "white")
     for i, (label, images) in enumerate(rows.items()):
-        ImageDraw.Draw(sheet).text((4, i * (side + 4) + side // 2), label, "black", anchor="lm", font_size=14)
+        top = i * (height + 4)
+        ImageDraw.Draw(sheet).text((4, top + height // 2), label, "black", anchor="lm", font_size=14)
         pixels = data.to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
         for j, image in enumerate(pixels):
-            picture = ImageOps.contain(Image.fromarray(image), (side, side), Image.Resampling.BOX)
+            picture = Image.fromarray(image).resize((width, height), Image.BOX)
             pen = ImageDraw.Draw(picture)
             out, y = outputs[i][j] if outputs else ((), ())
             if len(out) == 10:
                 colour = "lime" if out.argmax() == y else "red"
                 pen.text((4, 0), f"{out.argmax()}", colour, font_size=36, stroke_width=2, stroke_fill="black")
             elif outputs:  # the landmarks of M over the true ones
-                for k, point in enumerate(torch.cat([y, out]).view(34, 2) * picture.width):
-                    pen.circle(point.tolist(), picture.width // 60, "lime" if k < 17 else "red")
-            sheet.paste(picture, (margin + j * (side + 4), i * (side + 4)))
+                for k, point in enumerate(torch.cat([y, out]).view(34, 2) * width):
+                    pen.circle(point.tolist(), width // 60, "lime" if k < 17 else "red")
+            sheet.paste(picture, (margin + j * (width + 4), top))
     sheet.save(path)
 
 def write_csv(rows, path):  # dicts with the same keys; numbers to six digits
@@ -62,29 +62,9 @@ def write_csv(rows, path):  # dicts with the same keys; numbers to six digits
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([rows[0], *lines])
 
-def plot(logs, path):  # of {label: log.csv}: a panel for each column, with a line and the last value of each
-    tables = [np.genfromtxt(log, delimiter=",", names=True, ndmin=1) for log in logs.values()]
-    names = [name for name in tables[0].dtype.names if name not in ("step", "seconds")]
-    sheet = Image.new("RGB", (920, (len(names) + 1) // 2 * 280), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, name in enumerate(names):
-        left, top = i % 2 * 460 + 16, i // 2 * 280 + 50
-        low = min(table[name].min() for table in tables)
-        high = max(np.quantile(table[name], 0.97) for table in tables)  # a jump may leave the panel
-        pen.rectangle((left, top, left + 428, top + 216), outline="grey")
-        pen.text((left, top - 42), f"{name}: axis {low:.4g} to {high:.4g}", "black", font_size=13)
-        for k, (label, table, colour) in enumerate(zip(logs, tables, ("blue", "crimson", "green"))):
-            x = left + 428 * table["step"] / table["step"][-1]
-            y = top + 216 * (high - table[name].clip(low, high)) / max(high - low, 1e-9)
-            pen.line([*zip(x, y)], colour, 2)
-            pen.text((left + 145 * k, top - 22), f"{label} {table[name][-1]:.4g}", colour, font_size=13)
-    sheet.save(path)
-
-@torch.no_grad()
 def predict(M, images):  # M's output (N, outputs) for uint8 images (N, 3, S, S)
-    parts = images.split(max(1, 2 ** 19 // images.shape[-1] ** 2))
     with autocast():
-        return torch.cat([M(data.to_float(part.to(device)))[0].float().cpu() for part in parts])
+        return torch.cat([M(data.to_float(part.to(device)))[0].float().cpu() for part in images.split(64)])
 
 @torch.no_grad()
 def evaluate_degia(M, F, domains, folder):  # measures of M; F's bits per dim on the source; pictures of both
@@ -92,15 +72,14 @@ def evaluate_degia(M, F, domains, folder):  # measures of M; F's bits per dim on
     for name, (images, y) in domains.items():
         output = predict(M, images)
         if y.is_floating_point():
-            error = (output - y).view(-1, 17, 2).norm(dim=2)
-            results[name] = {"mse": (output - y).square().mean().item(),  # in shares of the side
+            error = (output - y).view(-1, 17, 2).norm(dim=2)  # in shares of the side, as both mean squares
+            results[name] = {"mse": (output - y).square().mean().item(),
                              "mean_pose": (M.mean_pose.cpu() - y).square().mean().item(),
                              "pixels": error.mean().item() * images.shape[-1],
                              "pck": 100 * (error < 0.05).float().mean().item()}
         else:
             results[name] = {"accuracy": 100 * (output.argmax(1) == y).float().mean().item()}
-        measure, number = list(results[name].items())[-1]
-        rows[f"{name}: {measure} {number:.1f} %"] = images[:12] / 255
+        rows[name] = images[:12] / 255
         outputs.append(list(zip(output, y)))
     save_grid(rows, folder / "domains.png", outputs)
     if F is None:
@@ -110,7 +89,7 @@ def evaluate_degia(M, F, domains, folder):  # measures of M; F's bits per dim on
     save_grid({f"F, class {c}": images for c, images in enumerate(samples)}, folder / "flow.png")
     bits, gen = [], torch.Generator(device).manual_seed(0)
     for x, y in zip(*(tensor.split(500) for tensor in domains["source"])):  # all at once can need gigabytes
-        x = degia.flow_view(data.to_float(x.to(device)), F.shape)
+        x = degia.flow_view(data.to_float(x.to(device)), F)
         u = torch.rand(x.shape, generator=gen, device=device)  # now in float32, no noise shift of the prior
         bits.append(bits_per_dim(F.log_prob(x, degia.classes_of(y, F).to(device), u), F.dim))
     return {"domains": results, "bits_per_dim": torch.cat(bits).mean().item()}
@@ -122,12 +101,13 @@ def picture_new_samples(x_src, pool, per_round, path):  # of each max round, bel
     save_grid(rows, path)
 
 @torch.no_grad()
-def landmark_errors(R, pairs, most=10 ** 6):  # of eq. (7), and folding; phi, I_a, I_b of the last batch
+def landmark_errors(register, pairs):
+    """Mean distances (7) in pixels, before and after phi = register(I_a, I_b), of all landmarks and those on
+    the plant; the share of pairs improved, and of pixels folded. Also phi, I_a, I_b of the last batch."""
     distances, folded = [], []
-    for i in torch.arange(min(most, len(pairs.A))).split(25):
+    for i in torch.arange(len(pairs.A)).split(25):
         I_a, I_b = (2 * data.to_float(I[i].to(device)) - 1 for I in (pairs.A, pairs.B))
-        with autocast():
-            phi = R(I_a, I_b)
+        phi = autocast()(register)(I_a, I_b)
         folded.append((warp.jacobian_determinant(phi) <= 0).float().mean((1, 2)))
         if pairs.points is not None:
             p_a, p_b = pairs.points[i].to(device).split(2, dim=2)
@@ -135,28 +115,31 @@ def landmark_errors(R, pairs, most=10 ** 6):  # of eq. (7), and folding; phi, I_
             moved = torch.where(moved.isnan(), p_a, moved)  # what phi has no place for has not moved
             distances.append(torch.stack([p_a - p_b, moved - p_b]).norm(dim=3).cpu())
     errors = {"unregistered": {"scene": None}, "registered": {"scene": None}}  # without landmarks
-    for kinds, d in zip(errors.values(), torch.cat(distances, dim=1) if distances else ()):
-        kinds["scene"] = d.nanmean(1).nanmean().item()
-        if pairs.salient is not None:  # those on the plant
-            kinds["salient"] = d.where(pairs.salient[:len(d)], torch.nan).nanmean(1).nanmean().item()
+    distances = torch.cat(distances, dim=1) if distances else torch.full((2, 1, 1), torch.nan)
+    if not distances.isnan().all():  # (2, pairs, landmarks)
+        for kinds, d in zip(errors.values(), distances):
+            kinds["scene"] = d.nanmean(1).nanmean().item()
+            if pairs.salient is not None:
+                kinds["salient"] = d.where(pairs.salient, torch.nan).nanmean(1).nanmean().item()
+        before, after = distances.nanmean(2)  # NaN for a pair without landmarks
+        errors["registered"]["improved"] = 100 * (after < before)[~before.isnan()].float().mean().item()
     return {**errors, "folding": torch.cat(folded).mean().item()}, (phi, I_a, I_b)
 
-def watch(R, pairs):  # for the log: the landmark error of 25 training pairs, which never trains anything
-    error = landmark_errors(R, pairs, 25)[0]["registered"]["scene"]
-    return {} if error is None else {"error": error}
-
-def evaluate_reg(R, pairs, folder):  # landmark_errors of the test pairs and of 100 training pairs; pairs.png
-    test, fields = landmark_errors(R, pairs["test"])
+def evaluate_reg(R, pairs, folder):  # of the test pairs and of 100 training pairs; pairs.png
+    results, fields = landmark_errors(R, pairs["test"])
     picture_pairs(*fields, folder / "pairs.png")
-    return {**test, "registered_train": landmark_errors(R, pairs["train"], 100)[0]["registered"]}
+    some = data.Pairs(*(field if field is None else field[:100] for field in pairs["train"]))
+    results["registered_train"] = landmark_errors(R, some)[0]["registered"]
+    return results
 
 def picture_pairs(phi, I_a, I_b, path):  # figure 4, a column for each of up to 8 pairs
     phi, I_a, I_b = phi[:8], I_a[:8], I_b[:8]
-    moved = warp.resample(I_a, phi)
-    longest = warp.norm(phi).max().item()
+    moved = warp.resample(I_a, phi, "border")
+    places = warp.pixel_grid(*phi.shape[2:], like=phi) + phi
+    lines = (places % max(4, phi.shape[3] // 12) < 1.4).any(1, keepdim=True).float()
     save_grid({"A": I_a / 2 + 0.5, "B": I_b / 2 + 0.5, "A registered": moved / 2 + 0.5,
-               f"field, up to {longest:.1f} px": warp.colour_wheel(phi, longest),
-               "B, edges of A": overlay(I_b, I_a), "after": overlay(I_b, moved)}, path)
+               f"up to {warp.norm(phi).max():.1f} px": 1 - lines,
+               "edges of A on B": overlay(I_b, I_a), "after": overlay(I_b, moved)}, path)
 
 def overlay(I, outline):  # I in grey, with the strongest edges of another image in red
     edge = geomreg.edges(outline) + 1
@@ -164,103 +147,109 @@ def overlay(I, outline):  # I in grey, with the strongest edges of another image
     return I.mean(1, keepdim=True) / 4 + 0.5 + torch.cat([edge, -edge, -edge], dim=1)
 
 def print_table(results):  # of a results.json: a line per domain or set of pairs
-    about = "task method backbone order similarity seed steps seconds bits_per_dim folding".split()
-    print("\n" + ", ".join(f"{name} {results[name]}" for name in about if name in results))
+    about = "task method backbone order similarity seed steps seconds bits_per_dim folding folding_refined"
+    print("\n" + ", ".join(f"{name} {results[name]}" for name in about.split() if name in results))
     for name, numbers in results.get("domains", results).items():
         if isinstance(numbers, dict):
             print(f"  {name:17s}", *(f"{k} {v:8.5f}" for k, v in numbers.items() if v is not None), sep="  ")
 
 def load_checkpoint(folder, program=None):  # on the CPU; it must be of this version and of this program
     path = Path(folder) / "checkpoint.pt"
-    try:
+    with data.blaming(f"{path}: no such checkpoint of this version", "train again, or choose another --out"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        found = content["config"]["program"]
-        if content["format"] != FORMAT:
-            raise ValueError(content["format"])
-    except Exception as e:  # which one depends on the bytes of a foreign file
-        raise data.InputError(f"{path}: no such checkpoint of this version ({e!r:.60}); train again") from e
-    if program not in (None, found):
-        raise data.InputError(f"{path}: a run of train.py {found}, not {program}; choose another --out")
+        if content["format"] != FORMAT or program not in (None, content["config"]["program"]):
+            raise ValueError(f"{content['format']}, train.py {content['config']['program']}")
     return content
 
-def read_files(o, M, files, folder):  # print the digits, or write the landmarks in pixels; draw both
-    output = predict(M, data.read_images(files, (o.size, o.size)))
-    found = output.argmax(1) if o.task == "digits" else output
-    save_grid({"": data.read_images(files, (256, 256)) / 255}, folder / "images.png", [[*zip(output, found)]])
-    if o.task == "digits":
-        return print(f"written: {folder}/images.png", *map("{}: {}".format, files, found), sep="\n")
-    pixels = output.view(-1, 17, 2) * torch.tensor([[data.open_image(file).size] for file in files]) - 0.5
-    names = [f"{axis}{i}" for i in range(17) for axis in "xy"]
-    rows = [dict(zip(names, row)) for row in pixels.flatten(1).tolist()]
-    write_csv([{"name": Path(file).name, **row} for file, row in zip(files, rows)], folder / "landmarks.csv")
-    print(f"written: {folder}/images.png, {folder}/landmarks.csv")
+def read_files(o, M, files, folder):  # print the digit on each image, and draw it
+    if o.task == "hands":
+        raise data.InputError(f"{folder}: a run of drawn hands knows no photographs; omit --images")
+    images, _ = data.read_images(files, (o.size, o.size))
+    output = predict(M, images)
+    name = unused(folder, "images", (".png",))
+    save_grid({"": images / 255}, f"{name}.png", [[*zip(output, output.argmax(1))]])
+    print(f"written: {name}.png", *map("{}: {}".format, files, output.argmax(1)), sep="\n")
 
-def align_files(o, modes, R, pair, folder):  # write A, as stored, at B's size; the field in pixels of B
+def align_files(register, pair, folder, size=None, modes=(None, None)):
+    """Write A, as it is stored, at the size of B; the field, in pixels of B; and a picture to judge it by."""
     if len(pair) != 2:
-        raise data.InputError(f"--images: a registration takes two files, A and B of a pair, not {len(pair)}")
-    A, B = (data.open_image(file, modes[side]) for file, side in zip(pair, "AB"))
-    small = [data.read_images([file], (o.height, o.width), modes[side]) for file, side in zip(pair, "AB")]
-    phi, I_a, I_b = landmark_errors(R, data.Pairs(*small, None, None))[1]
-    name = folder / Path(pair[0]).stem
+        raise data.InputError(f"a registration takes two files, A and B of a pair, not {len(pair)}; name two")
+    A, B = map(data.open_image, pair, modes)
+    size = size or [max(1, round(256 * side / max(256, *B.size))) for side in B.size[::-1]]  # enough for phi
+    small = (data.to_tensor(picture.resize(size[::-1], Image.BILINEAR)) for picture in (A, B))
+    I_a, I_b = (2 * data.to_float(I[None].to(device)) - 1 for I in small)
+    phi = autocast()(register)(I_a, I_b)
+    a, b = (geomreg.descriptors(I, 128) for I in (I_a, I_b))
+    gain = 1 - (geomreg.unlikeness(a, b, phi) / geomreg.unlikeness(a, b, 0 * phi)).item()
+    print(f"they match {gain:.0%} better than before" if gain > 0.005 else "no better match was found")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = unused(folder, Path(pair[0]).stem, ("_aligned.png", "_field.npy", "_overlay.png"))
     picture_pairs(phi, I_a, I_b, f"{name}_overlay.png")
-    phi = warp.resize_field(phi, B.size[::-1])
-    places = warp.pixel_grid(B.height, B.width, like=phi) + phi + 0.5  # in B's pixels, then in A's:
-    places = warp.scaled(places, A.width / B.width, A.height / B.height) - 0.5
-    aligned = warp.sample_at(data.to_tensor(A)[None].to(phi), places)[0].round().byte()
-    Image.fromarray(aligned.permute(1, 2, 0).squeeze(2).cpu().numpy()).save(f"{name}_aligned.png")
-    np.save(f"{name}_field.npy", phi[0].cpu().numpy())
+    phi = warp.resize_field(phi, B.size[::-1]).cpu()
+    np.save(f"{name}_field.npy", phi[0].numpy())
+    side_a, side_b = (torch.tensor(picture.size).view(2, 1, 1) for picture in (A, B))
+    places = (warp.pixel_grid(*phi.shape[2:], like=phi) + phi + 0.5) * side_a / side_b  # 0: the edge of A
+    I = data.to_tensor(A)[None].float()
+    aligned = []
+    for rows in places.split(256, dim=2):  # all at once would need gigabytes
+        inside = ((rows > 0) & (rows < side_a)).all(1)
+        aligned.append(warp.sample_at(I, rows - 0.5, "border") * inside)
+    aligned = torch.cat(aligned, dim=2)[0].round().byte().permute(1, 2, 0).squeeze(2)
+    Image.fromarray(aligned.numpy()).save(f"{name}_aligned.png")
     print(f"written: {name}_aligned.png, {name}_field.npy, {name}_overlay.png")
 
-def tables(args):  # train what is missing of results/papers.csv; mean and deviation over seeds; figure 5
-    lines, logs = [], {}
+def unused(folder, stem, endings):  # folder/stem, or folder/stem_2 ...: nothing that is there is replaced
+    names = (folder / (stem if k == 1 else f"{stem}_{k}") for k in range(1, 10 ** 6))
+    return next(name for name in names if not any(Path(f"{name}{e}").exists() for e in endings))
+
+def tables(args):  # train what is missing of results/papers.csv; mean and deviation over seeds
     papers = Path(__file__).with_name("results") / "papers.csv"
     rows = csv.DictReader(papers.read_text(encoding="utf-8").splitlines())
+    lines = []
     for row in (r for r in rows if r["task"] == args.task and r["row"].startswith(tuple(args.rows))):
-        runs = train_row(args, [args.task, *row["options"].split(), *args.others])
-        n, cells = len(runs), []
-        for measure in next(iter(runs.values()), ()):
-            values = np.array([run[measure] for run in runs.values()], float)
-            deviation = values.std(ddof=1) if n > 1 else np.nan
-            lines.append({**row, "n": n, "measure": measure, "mean": values.mean(), "deviation": deviation})
-            cells.append(f"{measure} {values.mean():.4g} ± {deviation:.2g}".removesuffix(" ± nan"))
-        print(f"{row['row']:36} n {n}  {',  '.join(cells)}  (paper: {row['paper'] or '-'})")
-        if row["row"].startswith("5 ") and runs:
-            logs[row["row"][2:]] = [*runs][0] / "log.csv"
+        runs = [*train_row(args, [args.task, *row["options"].split(), *args.others])]
+        for measure in runs[0] if runs else ():
+            values = [run[measure] for run in runs]
+            mean, std = np.mean(values), np.std(values, ddof=1) if len(runs) > 1 else np.nan
+            lines.append(row | {"n": len(runs), "measure": measure, "mean": mean, "deviation": std})
+            print(f"{row['row']}: {measure} {mean:.4g} ± {std:.2g}, n {len(runs)} ({row['paper']})")
     if not lines:
         raise data.InputError(f"--rows {args.rows}: no row of {papers} begins so, or none ended; see above")
     write_csv(lines, args.out / f"{args.task}.csv")
-    if logs:
-        plot(logs, args.out / "figure_5.png")
 
-def train_row(args, options):  # {folder of a seed: {measure: number}}; equal options share their runs
-    runs = {}
-    for seed in range(args.seeds):
-        folder = args.out / re.sub(r"[^\w.]+", "_", " ".join(options)) / str(seed)
-        words = [Path(__file__).with_name("train.py"), *options, "--seed", folder.name, "--out", str(folder)]
+def train_row(args, options):  # {measure: number} of each seed; rows with equal options share their runs
+    for seed in map(str, range(args.seeds)):
+        folder = args.out / re.sub(r"[^\w.]+", "_", " ".join(options)) / seed
+        words = [Path(__file__).with_name("train.py"), *options, "--seed", seed, "--out", str(folder)]
         words += ["--resume"] if (folder / "checkpoint.pt").exists() else []
         if not (folder / "results.json").exists():
             print("python train.py", *words[1:], flush=True)
             subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL)
         if (folder / "results.json").exists():  # else train.py said why
-            results = json.loads((folder / "results.json").read_text())
-            numbers = {name: list(found.values())[0] for name, found in results.get("domains", {}).items()}
-            if len(numbers) > 1:
-                numbers["unseen"] = np.mean(list(numbers.values())[1:])  # the first is the source
-            for tag, key in (("", "registered"), ("train ", "registered_train"), ("before ", "unregistered")):
-                numbers |= {tag + kind: number for kind, number in results.get(key, {}).items()}
-            runs[folder] = numbers | {"seconds": results["seconds"]}
-    return runs
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            measured = {f"{name} {kind}": number for name, found in results.get("domains", results).items()
+                        if isinstance(found, dict) for kind, number in found.items() if number is not None}
+            unseen = [[*found.values()][0] for found in results.get("domains", {}).values()][1:]
+            yield measured | ({"unseen": np.mean(unseen)} if unseen else {})
 
-def exit_on_bad_input(main):  # what a user can mend becomes one line and exit code 2
+def exit_on_bad_input(main):  # what a user can mend becomes one line and exit code 2; our bugs do not
+    sys.stdout.reconfigure(errors="replace")  # of a terminal without ±
     try:
         main(sys.argv[1:])
-    except data.InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        os._exit(2) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else sys.exit(2)
+    except Exception as error:
+        message = " ".join(str(error).splitlines()[:2])
+        if re.search("MemoryError|No space left|allocate memory|out of memory", repr(error)):
+            message += "; make room on the disk, or choose a smaller size or --batch"
+        elif not isinstance(error, data.InputError):
+            raise
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 def parse(argv):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False)
-    parser.add_argument("run", help="folder of a trained run, or: tables degia, tables reg")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False,
+                            usage=SUPPRESS)  # of a mistake: one line
+    parser.add_argument("run", help="folder of a trained run, or: align A B, tables degia, tables reg")
     if argv[:1] == ["tables"]:
         parser.add_argument("task", choices=("degia", "reg"), help="whose; unknown options go to train.py")
         parser.add_argument("--rows", nargs="+", default=[""], help="how their names begin: 2 for table 2")
@@ -268,24 +257,41 @@ def parse(argv):
         parser.add_argument("--out", type=Path, default=Path("runs/tables"), help="folder of all these runs")
         args, others = parser.parse_known_args(argv)
         return Namespace(**vars(args), others=others)
-    parser.add_argument("--data", help="measure on this data")
-    parser.add_argument("--unseen", nargs="+", help="measure on these unseen domains")
-    parser.add_argument("--images", nargs="+", help="apply the run to these image files")
+    parser.add_argument("--data", help="measure on this data; align: on its test pairs, at 128x96")
+    if argv[:1] == ["align"]:
+        parser.add_argument("images", nargs="*", help="A and B, without any training")
+        parser.add_argument("--out", type=Path, default=Path("runs/align"), help="folder of the results")
+    else:
+        parser.add_argument("--unseen", nargs="+", help="measure on these unseen domains")
+        parser.add_argument("--images", nargs="+", help="apply the run to these image files")
+        parser.add_argument("--refine", action="store_true", help="measure phi refined for each pair, too")
     return parser.parse_args(argv)
 
+@torch.no_grad()
 def main(argv):
     args = parse(argv)
     if args.run == "tables":
         return tables(args)
+    if args.run == "align" and not args.data:
+        return align_files(geomreg.optimise, args.images, args.out)
+    if args.run == "align":
+        pairs, _ = data.load_pairs(Namespace(data=args.data, width=128, height=96))
+        return print_table(landmark_errors(geomreg.optimise, pairs["test"])[0])
     folder, checkpoint = Path(args.run), load_checkpoint(args.run)
     o = Namespace(**checkpoint["config"] | {name: given for name, given in vars(args).items() if given})
     if o.program == "reg":
         modes = checkpoint["extra"]
         R, _, _ = geomreg.build(o, len(modes["A"]), len(modes["B"]))  # "RGB" has three channels, "L" one
         R.to(device, memory_format=torch.channels_last).load_state_dict(checkpoint["state"]["R"])
+        def refined(I_a, I_b):  # R's phi, and then the pair's own
+            return geomreg.optimise(I_a, I_b, R(I_a, I_b))
         if args.images:
-            return align_files(o, modes, R, args.images, folder)
-        measured = evaluate_reg(R, data.load_pairs(o, modes)[0], folder)
+            return align_files(refined, args.images, folder, (o.height, o.width), modes.values())
+        pairs, _ = data.load_pairs(o, modes)
+        measured = evaluate_reg(R, pairs, folder)
+        if args.refine:
+            errors, _ = landmark_errors(refined, pairs["test"])
+            measured |= {"refined": errors["registered"], "folding_refined": errors["folding"]}
     else:
         M, F = degia.build(o)
         M.to(device, memory_format=torch.channels_last).load_state_dict(checkpoint["state"]["M"])

@@ -1,4 +1,4 @@
-"""Geometry-preserving registration: the networks R, T, D, the losses of eq. (4) and (5), classical measures.
+"""Geometry-preserving registration: R, T, D, the losses of eq. (4), (5), classical measures, one pair alone.
 
     I_a, I_b  images of modality A and B (B, C, H, W) in [-1, 1], of any size, with any number of channels
     phi       R(I_a, I_b), a displacement field (B, 2, H, W) in pixels
@@ -16,7 +16,8 @@ import torch.nn.functional as nnf
 import warp
 
 SLOPE = 0.2  # of all leaky ReLUs, and in Kaiming's initial weights
-MEASURES = ("l1", "correlation", "ncc", "ncc-edges", "ssim-edges")
+MEASURES = ("l1", "correlation", "ncc", "ncc-edges", "ssim-edges", "mind")
+LEVELS = ((64, 2), (64, 3), (128, 3), (128, 4), (128, 6), (256, 8))  # longest side; knots per side of a field
 
 # ---------------------------------------------------------------- layers; w is a width
 def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
@@ -27,11 +28,8 @@ def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
     return layer
 
 class InstanceNorm(nn.Module):
-    """Each channel of each image with mean 0 and deviation 1."""
+    """Each channel of each image with mean 0, deviation 1; nnf.instance_norm copies out of channels_last."""
     def forward(self, x):
-        if x.is_cuda:
-            return nnf.instance_norm(x)
-        # On a CPU that copies out of channels_last and back; batch_norm does not, the same for one image.
         return torch.cat([nnf.batch_norm(image, None, None, training=True) for image in x.split(1)])
 
 def conv_relu(c_in, c_out, kernel=3, stride=1):
@@ -150,8 +148,7 @@ def local_mean(I, window):
     means = nnf.avg_pool2d(I.flatten(0, 1), window, 1, window // 2, count_include_pad=False)
     return means.view(I.shape)
 
-def local_moments(I, J, window):
-    """Means, variances and covariance of I and J over windows around each pixel."""
+def local_moments(I, J, window):  # means, variances and covariance of I and J over windows
     mean_i, mean_j = local_mean(I, window), local_mean(J, window)
     var_i = (local_mean(I * I, window) - mean_i * mean_i).clamp_min(0)
     var_j = (local_mean(J * J, window) - mean_j * mean_j).clamp_min(0)
@@ -177,6 +174,19 @@ def edges(I):
     d_y = columns[:, :, 2:] - columns[:, :, :-2]  # Sobel's weights sum to 8; below, -1 to 1 makes .6
     return 4 * warp.norm(torch.cat([d_x, d_y], dim=1) / 8)[:, None] - 1
 
+def mind(I):
+    """Modality independent neighbourhood descriptor (B, 8, H, W), Heinrich et al. 2012: exp(-D / V), D the
+    mean squared difference of the 3x3 patches at a pixel and at each of its neighbours, less the least of
+    them, V the mean D. It tells in which directions an image stays the same, and nothing of its greys."""
+    grey = I.mean(1, keepdim=True)
+    height, width = grey.shape[2:]
+    padded = nnf.pad(grey, (1, 1, 1, 1), mode="replicate")
+    shifted = [padded[:, :, y:y + height, x:x + width] for y in range(3) for x in range(3)]
+    D = local_mean((torch.cat(shifted[:4] + shifted[5:], dim=1) - grey).square(), 3)
+    V = D.mean(1, keepdim=True)
+    V = V + 0.01 * V.mean((2, 3), keepdim=True) + 1e-8  # the noise of flat ground is no structure
+    return torch.exp(-(D - D.amin(1, keepdim=True)) / V)
+
 def mismatch(measure, I, J, window):
     """How little I and J match at each pixel. "ncc" is squared: B may show the contrasts of A inverted."""
     if measure == "l1":
@@ -187,6 +197,8 @@ def mismatch(measure, I, J, window):
         return 1 - correlation(I.mean(1, keepdim=True), J.mean(1, keepdim=True), window) ** 2
     if measure == "ncc-edges":
         return 1 - correlation(edges(I), edges(J), window)
+    if measure == "mind":
+        return (mind(I) - mind(J)).abs()
     return 1 - ssim(edges(I), edges(J), window)
 
 def distance(measure, I, J, window, scales):
@@ -197,3 +209,57 @@ def distance(measure, I, J, window, scales):
         total = total + mismatch(measure, I, J, window).mean()
         I, J = (nnf.avg_pool2d(image, 2, ceil_mode=True) for image in (I, J))
     return total / scales
+
+# ---------------------------------------------------------------- phi of one pair, without training
+def descriptors(I, side):  # MIND of I averaged down by a whole number, to a longest side of about `side`
+    scale = max(1, round(max(I.shape[2:]) / side))
+    return mind(nnf.adaptive_avg_pool2d(I, [max(1, n // scale) for n in I.shape[2:]]))
+
+def unlikeness(a, b, phi):
+    """Mean |R_S(a, phi) - b| (B,) of descriptors, where a is seen: it must not pay to push misfits out."""
+    phi = warp.resize_field(phi, b.shape[2:])
+    moved = warp.resample(torch.cat([a, torch.ones_like(a[:, :1])], dim=1), phi)
+    moved, seen = moved[:, :-1], moved[:, -1:]  # seen: the share of a pixel that lies inside of a
+    return (moved - seen * b).abs().mean(1).sum((1, 2)) / seen.sum((1, 2, 3)).clamp_min(1)
+
+def best_translation(a, b, phi):  # by up to 6 pixels along each side; or phi, where that matches better
+    least = unlikeness(a, b, phi)
+    for x in range(-6, 7):
+        for y in range(-6, 7):
+            moved = warp.scaled(torch.ones_like(phi), x, y)
+            here = unlikeness(a, b, moved)
+            phi = torch.where((here < least)[:, None, None, None], moved, phi)
+            least = torch.minimum(here, least)
+    return phi
+
+@torch.enable_grad()
+def optimise(I_a, I_b, start=None):
+    """The phi (B, 2, H, W) that minimizes unlikeness of MIND + 20 bending: (6) over phi itself, pair by pair,
+    where R is one function for all pairs. From 0, or from R's phi; images and fields get finer on the way.
+    A pair that matches hardly better than with B mirrored shows two scenes: it gets its start back."""
+    start = torch.zeros(len(I_b), 2, *I_b.shape[2:], device=I_b.device) if start is None else start
+    phi = start
+    for side, knots in LEVELS:
+        a, b = descriptors(I_a, side), descriptors(I_b, side)
+        coarser = warp.resize_field(phi, b.shape[2:])
+        if phi is start:
+            coarser = best_translation(a, b, coarser)
+        change = torch.zeros(len(b), 2, knots, knots, device=b.device, requires_grad=True)
+        optimizer = torch.optim.Adam([change], lr=0.5)  # pixels
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.88)  # to .02 in 25 steps
+        for _ in range(25):
+            phi = coarser + nnf.interpolate(change, size=b.shape[2:], mode="bicubic", align_corners=True)
+            loss = unlikeness(a, b, phi) + 20 * warp.bending(phi)
+            optimizer.zero_grad()
+            loss.sum().backward()  # no pair sees another
+            optimizer.step()
+            schedule.step()
+        phi = warp.resize_field(phi.detach(), start.shape[2:])
+    return torch.where(is_match(I_a, I_b, phi, start)[:, None, None, None], phi, start)
+
+@torch.no_grad()
+def is_match(I_a, I_b, phi, start):  # (B,): better than `start`, 12 % better than chance, B's mirror images?
+    a, b = descriptors(I_a, 128), descriptors(I_b, 128)
+    mirrored = [descriptors(I_b.flip(sides), 128) for sides in ((2,), (3,), (2, 3))]
+    chance = torch.stack([unlikeness(a, other, phi) for other in mirrored]).amin(0)
+    return unlikeness(a, b, phi) < torch.minimum(unlikeness(a, b, start), 0.88 * chance)

@@ -2,9 +2,6 @@
 
     python train.py degia                  embedded digits; --task hands: landmarks of embedded hands
     python train.py reg                    embedded plants, RGB to infrared; --resume goes on with runs/reg
-    torchrun --nproc_per_node=2 train.py reg --out runs/two
-
-All that is random in step k comes from generators seeded by (seed, k): a resumed run needs no random state.
 """
 import argparse
 import functools
@@ -15,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 import data
@@ -26,28 +24,15 @@ from data import InputError
 from eval import autocast, device
 from flows import NOISE_DIM, bits_per_dim
 
-rank = int(os.environ.get("RANK", 0))  # torchrun says which of how many processes this is
-world = int(os.environ.get("WORLD_SIZE", 1))
 BATCH, PICKED, ASCENT, FIRST = range(4)  # what is random in a step; each has a stream of its own
 
-def generator(o, step, stream, process=0):
-    """SeedSequence mixes the four numbers well; torch's CPU generator keeps only 32 bits of a seed."""
-    seed = np.random.SeedSequence((o.seed, step, stream, process)).generate_state(1)
+def generator(o, step, stream):  # by seed and step alone: a resumed run needs no random state
+    seed = np.random.SeedSequence((o.seed, step, stream, 0)).generate_state(1)  # mixed well, to 32 bits
     return torch.Generator(device).manual_seed(int(seed[0]))
 
-def adam(parameters, o, betas=(0.5, 0.999)):
-    """Adam, and the schedule of its learning rate: constant, then linear to 0 over the second half."""
+def adam(parameters, o, betas=(0.5, 0.999)):  # its rate: constant, then linear to 0 over the second half
     optimizer = torch.optim.Adam(parameters, o.lr, betas, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / o.steps))
-
-def average_and_clip(optimizer, *clipped):
-    """Average the gradients over the processes, each with a batch of its own; then clip some networks'."""
-    for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-        if world > 1:
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= world
-    for net in clipped:
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 10.0)
 
 # ---------------------------------------------------------------- DeGIA: the min/max loop
 def train_degia(o, checkpoint):
@@ -57,10 +42,9 @@ def train_degia(o, checkpoint):
     x_src, y_src = x_src.to(device), y_src.to(device)
     c_src = degia.classes_of(y_src, F)
     groups = [{"params": M.to(device, memory_format=torch.channels_last).parameters()}]
-    clipped = [] if F is None else [F]  # log-densities of images never seen have huge gradients
     if F is not None:
         groups.append({"params": F.to(device).parameters(), "lr": o.flow_lr})
-        first = degia.flow_view(data.to_float(x_src[:512]), F.shape)  # ActNorm sets itself from these
+        first = degia.flow_view(data.to_float(x_src[:512]), F)  # ActNorm sets itself from these
         F.initialise(first, torch.rand(first.shape, generator=generator(o, 0, FIRST), device=device))
     optimizer, scheduler = adam(groups, o, betas=(0.9, 0.999))
     pool = {"x": x_src[:0], "source": c_src[:0]}  # new samples; the number of the training image of each
@@ -76,14 +60,12 @@ def train_degia(o, checkpoint):
             pool["x"] = torch.cat([pool["x"], new])
             pool["source"] = torch.cat([pool["source"], picked])
             run.saved = 0  # `log` saves when this step ends: saved here, a resumed run would repeat the phase
-            if rank == 0:
-                evaluation.picture_new_samples(x_src, pool, n, run.folder / "new_samples.png")
+            evaluation.picture_new_samples(x_src, pool, n, run.folder / "new_samples.png")
 
         # ---- a batch of originals and, once there are any, new samples, with the labels of their source
-        random = {"generator": generator(o, step, BATCH, rank), "device": device}  # each draw moves it on
-        batch = o.batch // world
-        n_new = max(1, round(o.share * batch)) if len(pool["x"]) and o.share > 0 else 0
-        i = torch.randint(len(x_src), (batch - n_new,), **random)
+        random = {"generator": generator(o, step, BATCH), "device": device}  # each draw moves it on
+        n_new = max(1, round(o.share * o.batch)) if len(pool["x"]) and o.share > 0 else 0
+        i = torch.randint(len(x_src), (o.batch - n_new,), **random)
         j = torch.randint(max(1, len(pool["x"])), (n_new,), **random)  # randint wants a range, even for no j
         x = data.to_float(torch.cat([x_src[i], pool["x"][j]]))
         source = torch.cat([i, pool["source"][j]])
@@ -93,15 +75,16 @@ def train_degia(o, checkpoint):
             loss = degia.task_loss(M(x)[0], y_src[source]).mean()
         losses = {"task": loss}
         if F is not None:
-            u = torch.rand(batch, *F.shape, **random)  # dequantizes x, eq. (2)
-            n = torch.randn(batch, NOISE_DIM, **random)  # shifts the prior, eq. (8)
+            u = torch.rand(o.batch, *F.shape, **random)  # dequantizes x, eq. (2)
+            n = torch.randn(o.batch, NOISE_DIM, **random)  # shifts the prior, eq. (8)
             with autocast():
-                log_p = F.log_prob(degia.flow_view(x, F.shape), c_src[source], u, F.prior.shift(n)).mean()
+                log_p = F.log_prob(degia.flow_view(x, F), c_src[source], u, F.prior.shift(n)).mean()
             loss = loss - log_p / F.dim  # per dimension, as in (7), where the two compete; here they do not
             losses["bits_per_dim"] = bits_per_dim(log_p, F.dim)
         optimizer.zero_grad()
         loss.backward()
-        average_and_clip(optimizer, *clipped)
+        if F is not None:  # log-densities of images never seen have huge gradients
+            clip_grad_norm_(F.parameters(), 10.0)
         optimizer.step()
         scheduler.step()
         run.log(losses)
@@ -127,8 +110,7 @@ def new_samples(o, step, M, F, x_src, y_src, c_src):
 
 # ---------------------------------------------------------------- registration: the dual-flow loop
 def train_reg(o, checkpoint):
-    """Train R and T against D by eq. (6), on unaligned pairs. R alone, taught by a classical measure, is the
-    same step with the identity for T, one order and no D: see `parse`."""
+    """Train R and T against D by eq. (6), on unaligned pairs. R alone: T is the identity, one order, no D."""
     pairs, modes = data.load_pairs(o)
     A, B = pairs["train"].A.to(device), pairs["train"].B.to(device)
     R, T, D = geomreg.build(o, A.shape[1], B.shape[1])
@@ -141,17 +123,15 @@ def train_reg(o, checkpoint):
 
     for step in range(run.step, o.steps):
         losses = {}
-        gen = generator(o, step, BATCH, rank)
-        i = torch.randint(len(A), (o.batch // world,), generator=gen, device=device)
-        I_a, I_b = data.augment(2 * data.to_float(A[i]) - 1, 2 * data.to_float(B[i]) - 1, o.augment, gen)
+        i = torch.randint(len(A), (o.batch,), generator=generator(o, step, BATCH), device=device)
+        I_a, I_b = 2 * data.to_float(A[i]) - 1, 2 * data.to_float(B[i]) - 1
 
         # ---- one field, two orders
         with autocast():
             phi = R(I_a, I_b)
-            T_a = T(I_a)
-            O_RT = warp.resample(T_a, phi)  # translate first
             moved = warp.resample(I_a, phi)
-            O_TR = T(moved)                 # register first
+            O_RT = warp.resample(T(I_a), phi)  # translate first
+            O_TR = T(moved)                    # register first
         fakes = {"both": [O_RT, O_TR], "translate-first": [O_RT], "register-first": [O_TR]}[o.order]
 
         # ---- max over D of eq. (5): tell I_b from the fakes, given I_a
@@ -162,7 +142,6 @@ def train_reg(o, checkpoint):
                     losses["D"] = losses["D"] + geomreg.adversarial(D(I_a, O.detach()), real=False)
             opt_D.zero_grad()
             losses["D"].backward()
-            average_and_clip(opt_D)
             opt_D.step()
             lr_D.step()
             with autocast():
@@ -172,11 +151,9 @@ def train_reg(o, checkpoint):
         scales = 1 if o.match == "l1" else 4 if step < 0.2 * o.steps else 2  # L1: as in (4); else far first
         losses["recon"] = sum(geomreg.distance(o.match, O, I_b, o.window, scales) for O in fakes)  # (4)
         losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
-        if o.practice > 0:
-            losses["practice"] = practice(R, I_a, T_a, gen)
         stiffness = o.smooth * min(1.0, 0.1 + 3 * step / o.steps)  # a field that is stiff at once never moves
         pull = o.recon * 2 / len(fakes)  # one order, and R alone too, counts twice
-        weights = {"gan": o.adversarial, "recon": pull, "smooth": stiffness, "practice": o.practice}
+        weights = {"gan": o.adversarial, "recon": pull, "smooth": stiffness}
         terms = {name: weight * losses[name] for name, weight in weights.items() if name in losses}
         opt_RT.zero_grad()
         if o.gan != "both" and "gan" in terms:  # table 2: the adversarial loss trains one of the two alone
@@ -184,31 +161,22 @@ def train_reg(o, checkpoint):
         if o.l1 != "both":  # or L_recon does
             terms.pop("recon").backward(inputs=trained[o.l1], retain_graph=True)
         sum(terms.values()).backward(inputs=trained["both"])  # not D's parameters
-        average_and_clip(opt_RT, R, T)  # clipped: a field that jumps has huge gradients
+        for which in ("R", "T"):
+            clip_grad_norm_(trained[which], 10.0)  # a field that jumps has huge gradients
         opt_RT.step()
         lr_RT.step()
-        run.log(losses, lambda: evaluation.watch(R, pairs["train"]))
-        if rank == 0 and step % max(1, o.steps // 10) == 0:
+        run.log(losses)
+        if step % max(1, o.steps // 10) == 0:
             evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
     run.finish(lambda: evaluation.evaluate_reg(R, pairs, run.folder))
-
-def practice(R, I_a, T_a, gen):
-    """Not in the paper: A, and T(A) warped by a field drawn like the plants' own; R's error, in widths."""
-    n, _, height, width = I_a.shape
-    known = warp.random_field(n, (height, width), data.BEND, data.SHIFT, gen)
-    contrast, light = torch.randn(2, n, 1, 1, 1, generator=gen, device=device)  # not to trust greys
-    picture = warp.resample(T_a.detach(), known, "border") * (1 + 0.3 * contrast) + 0.2 * light
-    with autocast():
-        return warp.norm(R(I_a, picture) - known).mean() / width
 
 class Run:
     """config.json, log.csv, checkpoint.pt, results.json. parts: all that has a state_dict; extra: a dict."""
     def __init__(self, o, checkpoint, extra, **parts):
         self.o, self.folder, self.extra = o, Path(o.out), extra
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.recent = []  # losses of the steps since the last row of the log
-        self.rows, self.step = checkpoint["log"], checkpoint["step"]
-        self.began = time.time() - checkpoint["seconds"]
+        self.rows, self.recent = checkpoint["log"], []  # recent: losses of the steps since the last row
+        self.step, self.began = checkpoint["step"], time.time() - checkpoint["seconds"]
         if o.resume:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint["state"][name])
@@ -219,16 +187,20 @@ class Run:
     def save(self):
         """Write under a temporary name, then rename: at any moment there is a whole checkpoint."""
         self.saved = time.time()
-        if rank == 0:
-            content = {"format": evaluation.FORMAT, "config": vars(self.o), "step": self.step,
-                       "log": self.rows, "seconds": self.saved - self.began, "extra": self.extra,
-                       "state": {name: part.state_dict() for name, part in self.parts.items()}}
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(json.dumps(vars(self.o), indent=1) + "\n")
-            torch.save(content, self.folder / "checkpoint.part")
-            os.replace(self.folder / "checkpoint.part", self.folder / "checkpoint.pt")
+        content = {"format": evaluation.FORMAT, "config": vars(self.o), "step": self.step, "log": self.rows,
+                   "seconds": self.saved - self.began, "extra": self.extra,
+                   "state": {name: part.state_dict() for name, part in self.parts.items()}}
+        part = self.folder / "checkpoint.part"
+        try:
+            with data.blaming(f"{part}: cannot be written", "make room, then go on with --resume"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "config.json").write_text(json.dumps(vars(self.o), indent=1) + "\n")
+                torch.save(content, part)
+                os.replace(part, self.folder / "checkpoint.pt")
+        finally:
+            part.unlink(missing_ok=True)
 
-    def log(self, losses, watch=dict):
+    def log(self, losses):
         """End a step; now and then, or to save, check and log the losses: only then we wait for a GPU."""
         self.step += 1
         self.recent.append(torch.stack([loss.detach().float() for loss in losses.values()]))
@@ -240,45 +212,39 @@ class Run:
             i, j = torch.nonzero(~values.isfinite())[0].tolist()
             raise InputError(f"step {self.step - len(values) + 1 + i}: {list(losses)[j]} is {values[i, j]}; "
                              "try again with a lower --lr")
-        if rank == 0:
-            means = dict(zip(losses, values.mean(0).tolist())) | watch()
-            seconds = time.time() - self.began
-            self.rows.append({"step": self.step, **means, "seconds": seconds})
-            evaluation.write_csv(self.rows, self.folder / "log.csv")
-            shown = "  ".join(f"{name} {mean:8.4f}" for name, mean in means.items())
-            left = seconds * (self.o.steps / self.step - 1)
-            print(f"{self.step:6d}/{self.o.steps}  {shown}  {seconds:6.0f} s  {left:6.0f} s left", flush=True)
+        means = dict(zip(losses, values.mean(0).tolist()))
+        seconds = time.time() - self.began
+        self.rows.append({"step": self.step, **means, "seconds": seconds})
+        evaluation.write_csv(self.rows, self.folder / "log.csv")
+        shown = "  ".join(f"{name} {mean:8.4f}" for name, mean in means.items())
+        left = seconds * (self.o.steps / self.step - 1)
+        print(f"{self.step:6d}/{self.o.steps}  {shown}  {seconds:6.0f} s  {left:6.0f} s left", flush=True)
         if last or time.time() - self.saved > 60:
             self.save()
 
     def finish(self, measure):
-        """Measure, write results.json and the curves, print a table."""
-        if rank == 0:
-            results = {**vars(self.o), "seconds": round(time.time() - self.began), **measure()}
-            (self.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-            evaluation.plot({"": self.folder / "log.csv"}, self.folder / "curves.png")
-            evaluation.print_table(results)
-            print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and pictures", flush=True)
+        results = {**vars(self.o), "seconds": round(time.time() - self.began), **measure()}
+        (self.folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        evaluation.print_table(results)
+        print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and pictures", flush=True)
 
 # ---------------------------------------------------------------- options
 # What --task hands changes; --paper: the papers' values, unstated sizes ours. Explicit options win over both.
-HANDS = dict(out="runs/hands", M_width=32, size=64, steps=1600, batch=64, beta=0.1667, share=1 / 16, eta=0.2,
+HANDS = dict(out="runs/hands", M_width=32, size=64, steps=1600, batch=64, beta=0.1667, share=1 / 8, eta=0.2,
              blur=9, flow_size=4)
 PAPER_DEGIA = dict(batch=128, lr=1e-4, flow_lr=1e-4, alpha=1, lam=0.1)
 PAPER_REG = dict(registration="unet", width=256, height=256, batch=12, lr=1e-4, match="l1", adversarial=1,
-                 alpha=1, recon=100, smooth=200, practice=0, R_width=32, T_width=64, T_blocks=9, D_width=64)
-R_ALONE = dict(order="register-first", adversarial=0, practice=0, gan="both", l1="both")  # --similarity
+                 alpha=1, recon=100, smooth=200, R_width=32, T_width=64, T_blocks=9, D_width=64)
 PAPER = {"digits": PAPER_DEGIA, "hands": PAPER_DEGIA | {"size": 256}, "reg": PAPER_REG}
 
-def number(kind, low, high=float("inf")):
+def number(kind, low, high=1e9):
     def number(text):  # argparse names it where the text is none
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
     return number
 
-def parse(argv):
-    """The options o, and the names of those that were given."""
+def parse(argv):  # the options o, and the names of those that were given
     count, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
     raw, quiet = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS  # no usage: an error is one line
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, usage=quiet)
@@ -290,7 +256,7 @@ def parse(argv):
         add("--data", default="embedded", help="or a folder of files, as the README lays it out")
         add("--train", type=count, help="images or embedded pairs; None: 10,000, hands 3,000 or a folder")
         add("--steps", type=count, help="training steps")
-        add("--batch", type=count, help="images, or pairs, per step, over all processes")
+        add("--batch", type=count, help="images, or pairs, per step")
         add("--lr", type=weight, help="learning rate; linear to 0 over the second half")
         add("--seed", type=number(int, 0), default=0, help="of the data, the networks and every step")
         add("--resume", action="store_true", help="go on with the run in --out, with its options")
@@ -312,15 +278,13 @@ def parse(argv):
     add("--alpha", type=weight, default=1.0, help="weight of the two distances in (7)")
     add("--lam", type=weight, default=0.1, help="scale lambda of the noise shift in (8)")
     add("--flow-size", type=number(int, 4), default=8, help="side of the image that F sees")
-    add("--flow-channels", type=int, choices=(1, 3), default=3, help="1: F sees the mean of colours")
     add("--flow-steps", type=count, default=4, help="couplings per level of F")
-    programs.choices["reg"].set_defaults(task="reg", train=3000, steps=1600, batch=16, lr=3e-3)
+    programs.choices["reg"].set_defaults(task="reg", unseen=[], train=3000, steps=2400, batch=16, lr=3e-3)
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
     add("--rig", action="store_true", help="plants seen by two cameras on a rig: always the same offset")
     add("--width", type=number(int, 8), default=64, help="of the images that the networks see")
     add("--height", type=number(int, 8), default=64, help="of these images")
-    add("--augment", type=weight, default=0.0, help="bend of A, in shares of the sides")
     add("--registration", choices=("pyramid", "unet"), default="pyramid", help="R; the paper's: unet")
     add("--similarity", choices=("translation", *geomreg.MEASURES), default="translation", help="R's teacher")
     add("--order", choices=("both", "register-first", "translate-first"), default="both", help="of T and phi")
@@ -332,7 +296,6 @@ def parse(argv):
     add("--alpha", type=weight, default=1.0, help="how much the field may bend at edges, eq. (3)")
     add("--match", choices=geomreg.MEASURES, default="correlation", help="what L_recon compares by")
     add("--window", type=int, choices=(3, 5, 7, 9), default=5, help="of correlation and SSIM")
-    add("--practice", type=weight, default=50.0, help="weight of R's practice on known fields")
     for net, width in (("R", 24), ("T", 16), ("D", 16)):
         add(f"--{net}-width", type=count, default=width, help=f"channels of {net}")
     add("--T-blocks", type=number(int, 0), default=0, help="residual blocks of T; 0: two convolutions")
@@ -342,36 +305,38 @@ def parse(argv):
     o = parser.parse_args(argv)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     if o.program == "reg" and o.similarity != "translation":  # R alone: no T, no D
-        vars(o).update(R_ALONE, match=o.similarity)
+        vars(o).update(match=o.similarity, order="register-first", l1="both", adversarial=0)
     if o.program == "degia" and (o.flow_size > o.size or o.flow_size % 4):
         raise InputError(f"--flow-size {o.flow_size}: not a multiple of 4 up to --size; choose another")
     if o.program == "degia" and o.method != "pure" and o.steps < o.rounds + 2:
         raise InputError(f"--rounds {o.rounds}: too many for {o.steps} --steps; ask for fewer")
     return o, given
 
+def check_folder(o):
+    """A run begins in a folder that is new or empty, and never among the data: nothing can be overwritten."""
+    folder = Path(o.out).resolve()
+    with data.blaming(f"--out {o.out!r}: no folder for a new run", "choose another, or --resume a run"):
+        for path in (Path(name).resolve() for name in (o.data, *o.unseen)):
+            if folder.is_relative_to(path) or path.is_relative_to(folder):
+                raise ValueError(f"it holds the data {path}, or lies in it")
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError("it holds files")
+
 def main(argv):
     """Begin a run, or go on with one, with its own options: those given once more must be the same."""
     o, given = parse(argv)
-    checkpoint = {"step": 0, "seconds": 0, "log": [], "state": {}, "extra": {}}  # of a run that begins
-    if o.resume:
+    if not o.resume:
+        check_folder(o)
+        checkpoint = {"step": 0, "seconds": 0, "log": []}
+    else:
         checkpoint = evaluation.load_checkpoint(o.out, o.program)
         config = {**checkpoint["config"], "out": o.out, "resume": True}
         for name in given:
             if config[name] != vars(o)[name]:
                 raise InputError(f"{o.out}: has another --{name.replace('_', '-')}, {config[name]}; omit it")
         o = argparse.Namespace(**config)
-    elif (Path(o.out) / "checkpoint.pt").exists():
-        raise InputError(f"{o.out}: holds a run already; go on with --resume, or choose another --out")
-    if o.batch % world:
-        raise InputError(f"--batch {o.batch}: not a multiple of the {world} processes; change it")
-    if world > 1:
-        own_gpu = device.type == "cuda" and torch.cuda.device_count() >= world  # NCCL needs one per process
-        torch.distributed.init_process_group("nccl" if own_gpu else "gloo")
-    torch.manual_seed(o.seed)  # for the first values of the networks: the same in each process
+    torch.manual_seed(o.seed)  # for the first values of the networks
     {"degia": train_degia, "reg": train_reg}[o.program](o, checkpoint)
-    if world > 1:
-        torch.distributed.barrier()
-        os._exit(0)  # gloo's threads abort a process now and then if they outlive it
 
 if __name__ == "__main__":
     evaluation.exit_on_bad_input(main)

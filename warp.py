@@ -11,7 +11,6 @@ import math
 import torch
 import torch.nn.functional as nnf
 
-STIFFNESS_WIDTH = 256  # lambda_S of eq. (6) means at every image size what it means at this width
 
 def pixel_grid(height, width, like):  # the coordinates v of all pixels: (1, 2, H, W), x and y
     x = torch.arange(width, device=like.device, dtype=like.dtype)
@@ -23,6 +22,7 @@ def sample_at(I, places, padding="zeros"):
     height, width = I.shape[2:]
     x, y = places.unbind(1)
     grid = torch.stack([2 * x / max(width - 1, 1), 2 * y / max(height - 1, 1)], dim=-1) - 1
+    grid = torch.nan_to_num(grid, nan=2.0)  # outside: NaN makes grid_sample read wild memory on a CPU
     return nnf.grid_sample(I, grid, mode="bilinear", padding_mode=padding, align_corners=True)
 
 def resample(I, phi, padding="zeros"):
@@ -54,12 +54,15 @@ def smoothness(phi, O_s, alpha):
         B = torch.exp(-alpha * norm(difference(O_s.detach(), dx, dy)))  # eq. (3)
         total = total + (B * norm(difference(phi, dx, dy))).sum()
     mean = 2 * total / (len(phi) * height * width)  # a pair counts for u and for v
-    return mean * width / STIFFNESS_WIDTH
+    return mean * width / 256  # lambda_S of (6) means at every width what it means at the paper's
 
-def resize_field(phi, size):
-    """phi for an image of another size (H, W): values scale with the sides; half-pixel centres, as Pillow."""
+def bending(phi):  # (B,) mean squared second difference along x and along y
+    second = (difference(difference(phi, *step), *step) for step in ((1, 0), (0, 1)))
+    return sum(d.square().sum((1, 2, 3)) for d in second) / phi[0].numel()
+
+def resize_field(phi, size):  # for an image of another size (H, W); half-pixel centres, as Pillow has them
     height, width = phi.shape[2:]
-    return scaled(nnf.interpolate(phi, size=size, mode="bilinear"), size[1] / width, size[0] / height)
+    return nnf.interpolate(scaled(phi, size[1] / width, size[0] / height), size=size, mode="bilinear")
 
 def random_field(n, size, bend, shift, gen):
     """n fields (n, 2, H, W), cubic between 3x3 knots; in sides, `bend` moves each, `shift` all."""
@@ -77,17 +80,7 @@ def warp_points(points, phi, iterations=200):
         q = q + 0.5 * left_over
     return torch.where(norm(left_over)[:, None] < 0.1, q, math.nan)[..., 0].transpose(1, 2)
 
-def jacobian_determinant(phi):
-    """det of d(v + phi)/dv: (B, H-1, W-1), forward differences. At 0 and below the field folds."""
+def jacobian_determinant(phi):  # of v + phi: (B, H-1, W-1), forward differences; at 0 and below phi folds
     x_dx, y_dx = difference(phi, 1, 0)[:, :, :-1].unbind(1)
     x_dy, y_dy = difference(phi, 0, 1)[..., :-1].unbind(1)
     return (1 + x_dx) * (1 + y_dy) - y_dx * x_dy
-
-def colour_wheel(phi, longest):
-    """phi as colours (B, 3, H, W) in [0, 1]: hue is the direction, saturation the length, white is 0."""
-    x, y = phi.unbind(1)
-    hue = torch.atan2(y, x) / math.tau
-    saturation = (torch.hypot(x, y) / max(longest, 1e-6)).clamp(0, 1)
-    turn = torch.stack([hue, hue - 1 / 3, hue - 2 / 3], dim=1) % 1  # from red, from green, from blue
-    pure = (2 - 6 * torch.minimum(turn, 1 - turn)).clamp(0, 1)  # the shorter way round the wheel
-    return 1 - saturation[:, None] * (1 - pure)
