@@ -17,7 +17,6 @@ import torch.nn.functional as nnf
 
 from flows import Flow, gaussian_w2
 
-POSES = 8  # the classes of hands: clusters of their landmarks
 
 # ---------------------------------------------------------------- backbones; w is their width
 def conv(c_in, c_out, kernel=3, stride=1):  # the size stays, or is divided by the stride
@@ -95,7 +94,7 @@ class TaskNetwork(nn.Module):
 
 def build(o, y=None):
     """M and F (or None) of options o, untrained; hands get mean_pose and poses from y, or a checkpoint."""
-    outputs, classes = (34, POSES) if o.task == "hands" else (10, 10)
+    outputs, classes = (34, 8) if o.task == "hands" else (10, 10)  # the classes of hands: 8 clusters of poses
     M = TaskNetwork(o.backbone, o.M_width, o.size, outputs)
     y = y if o.task == "hands" else None
     if y is not None:
@@ -103,7 +102,7 @@ def build(o, y=None):
     if o.method != "degia":
         return M, None
     F = Flow(3, o.flow_size, classes, steps=o.flow_steps, lam=o.lam)
-    F.register_buffer("poses", torch.zeros(classes, 34) if y is None else k_means(y, POSES))
+    F.register_buffer("poses", torch.zeros(classes, 34) if y is None else k_means(y, classes))
     return M, F
 
 # ---------------------------------------------------------------- the two objectives

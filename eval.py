@@ -59,7 +59,7 @@ def save_grid(rows, path, outputs=None):  # {label: images in [0, 1]}; on them [
 
 def write_csv(rows, path):  # dicts with the same keys; numbers to six digits
     lines = [[f"{v:.6g}" if isinstance(v, float) else v for v in row.values()] for row in rows]
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file, lineterminator="\n").writerows([rows[0], *lines])
 
 def predict(M, images):  # M's output (N, outputs) for uint8 images (N, 3, S, S)
@@ -136,7 +136,7 @@ def picture_pairs(phi, I_a, I_b, path):  # figure 4, a column for each of up to 
     phi, I_a, I_b = phi[:8], I_a[:8], I_b[:8]
     moved = warp.resample(I_a, phi, "border")
     places = warp.pixel_grid(*phi.shape[2:], like=phi) + phi
-    lines = (places % max(4, phi.shape[3] // 12) < 1.4).any(1, keepdim=True).float()
+    lines = (places % max(4, phi.shape[3] // 8) < 1.4).any(1, keepdim=True).float()
     save_grid({"A": I_a / 2 + 0.5, "B": I_b / 2 + 0.5, "A registered": moved / 2 + 0.5,
                f"up to {warp.norm(phi).max():.1f} px": 1 - lines,
                "edges of A on B": overlay(I_b, I_a), "after": overlay(I_b, moved)}, path)
@@ -161,14 +161,19 @@ def load_checkpoint(folder, program=None):  # on the CPU; it must be of this ver
             raise ValueError(f"{content['format']}, train.py {content['config']['program']}")
     return content
 
-def read_files(o, M, files, folder):  # print the digit on each image, and draw it
-    if o.task == "hands":
-        raise data.InputError(f"{folder}: a run of drawn hands knows no photographs; omit --images")
-    images, _ = data.read_images(files, (o.size, o.size))
+def read_files(o, M, files, folder):  # print the digits, or write the landmarks in pixels; draw both
+    images, sides = data.read_images(files, (o.size, o.size))
     output = predict(M, images)
-    name = unused(folder, "images", (".png",))
-    save_grid({"": images / 255}, f"{name}.png", [[*zip(output, output.argmax(1))]])
-    print(f"written: {name}.png", *map("{}: {}".format, files, output.argmax(1)), sep="\n")
+    found = output.argmax(1) if o.task == "digits" else output
+    name = unused(folder, "images", (".png", "_landmarks.csv"))
+    save_grid({"": images / 255}, f"{name}.png", [[*zip(output, found)]])
+    if o.task == "digits":
+        return print(f"written: {name}.png", *map("{}: {}".format, files, found), sep="\n")
+    pixels = (output.view(-1, 17, 2) * torch.tensor(sides)[:, None] - 0.5).flatten(1).tolist()
+    columns = ["name", *(f"{axis}{i}" for i in range(17) for axis in "xy")]
+    rows = [dict(zip(columns, [Path(file).name, *row])) for file, row in zip(files, pixels)]
+    write_csv(rows, f"{name}_landmarks.csv")
+    print(f"written: {name}.png, {name}_landmarks.csv")
 
 def align_files(register, pair, folder, size=None, modes=(None, None)):
     """Write A, as it is stored, at the size of B; the field, in pixels of B; and a picture to judge it by."""
@@ -204,9 +209,8 @@ def unused(folder, stem, endings):  # folder/stem, or folder/stem_2 ...: nothing
     return next(name for name in names if not any(Path(f"{name}{e}").exists() for e in endings))
 
 def tables(args):  # train what is missing of results/papers.csv; mean and deviation over seeds
-    papers = Path(__file__).with_name("results") / "papers.csv"
+    papers, lines = Path(__file__).with_name("results") / "papers.csv", []
     rows = csv.DictReader(papers.read_text(encoding="utf-8").splitlines())
-    lines = []
     for row in (r for r in rows if r["task"] == args.task and r["row"].startswith(tuple(args.rows))):
         runs = [*train_row(args, [args.task, *row["options"].split(), *args.others])]
         for measure in runs[0] if runs else ():
@@ -247,8 +251,7 @@ def exit_on_bad_input(main):  # what a user can mend becomes one line and exit c
         sys.exit(2)
 
 def parse(argv):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False,
-                            usage=SUPPRESS)  # of a mistake: one line
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter, usage=SUPPRESS)
     parser.add_argument("run", help="folder of a trained run, or: align A B, tables degia, tables reg")
     if argv[:1] == ["tables"]:
         parser.add_argument("task", choices=("degia", "reg"), help="whose; unknown options go to train.py")

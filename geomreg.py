@@ -131,8 +131,7 @@ class Discriminator(nn.Module):
     def forward(self, I_a, I):
         return self.net(pad(torch.cat([I_a, I], dim=1), 32)).float()
 
-def build(o, a, b):
-    """R, T, D of the options o for a and b channels, untrained; R alone has the identity for T, and no D."""
+def build(o, a, b):  # R, T, D for a and b channels, untrained; R alone has the identity for T, and no D
     R = {"pyramid": Pyramid, "unet": UNet}[o.registration](a, b, o.R_width)
     T = Translator(a, b, o.T_width, o.T_blocks) if o.similarity == "translation" else nn.Identity()
     return R, T, Discriminator(a, b, o.D_width) if o.adversarial > 0 else None
@@ -237,8 +236,7 @@ def optimise(I_a, I_b, start=None):
     """The phi (B, 2, H, W) that minimizes unlikeness of MIND + 20 bending: (6) over phi itself, pair by pair,
     where R is one function for all pairs. From 0, or from R's phi; images and fields get finer on the way.
     A pair that matches hardly better than with B mirrored shows two scenes: it gets its start back."""
-    start = torch.zeros(len(I_b), 2, *I_b.shape[2:], device=I_b.device) if start is None else start
-    phi = start
+    phi = start = torch.zeros(len(I_b), 2, *I_b.shape[2:], device=I_b.device) if start is None else start
     for side, knots in LEVELS:
         a, b = descriptors(I_a, side), descriptors(I_b, side)
         coarser = warp.resize_field(phi, b.shape[2:])

@@ -241,8 +241,7 @@ def run(words, out):  # what `train.py WORDS --out OUT` leaves: its checkpoint a
     train.main([*words.split(), "--out", str(out)])
     return evaluation.load_checkpoint(out), json.loads((out / "results.json").read_text())
 
-@pytest.mark.parametrize("words", [
-    DEGIA, f"{DEGIA} --task hands --size 32 --M-width 2", REG, f"{REG} --similarity ncc --modality depth"])
+@pytest.mark.parametrize("words", [DEGIA, f"{DEGIA} --task hands --size 32", REG, f"{REG} --similarity mind"])
 def test_a_run_that_is_killed_and_resumed_equals_a_whole_one(words, tmp_path, monkeypatch):
     """Bit for bit, though it dies while it writes."""
     save, program = torch.save, words.split()[0]

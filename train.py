@@ -198,7 +198,8 @@ class Run:
                 torch.save(content, part)
                 os.replace(part, self.folder / "checkpoint.pt")
         finally:
-            part.unlink(missing_ok=True)
+            if part.exists():  # the disk is full
+                part.unlink()
 
     def log(self, losses):
         """End a step; now and then, or to save, check and log the losses: only then we wait for a GPU."""
@@ -279,7 +280,7 @@ def parse(argv):  # the options o, and the names of those that were given
     add("--lam", type=weight, default=0.1, help="scale lambda of the noise shift in (8)")
     add("--flow-size", type=number(int, 4), default=8, help="side of the image that F sees")
     add("--flow-steps", type=count, default=4, help="couplings per level of F")
-    programs.choices["reg"].set_defaults(task="reg", unseen=[], train=3000, steps=2400, batch=16, lr=3e-3)
+    programs.choices["reg"].set_defaults(task="reg", unseen=[], train=3000, steps=2000, batch=16, lr=3e-3)
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
     add("--rig", action="store_true", help="plants seen by two cameras on a rig: always the same offset")
