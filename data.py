@@ -350,5 +350,4 @@ def load_pairs(o, modes=None):
     train = read_pairs(folder / "train", size, modes or {"A": None, "B": None})
     modes = {side: "RGB" if images.shape[1] == 3 else "L" for side, images in zip("AB", train)}
     test = read_pairs(folder / "test", size, modes) if (folder / "test").is_dir() else train
-    say(folder, "train/" if test is train else "train/, test/", ("train", "test"))
     return {"train": train, "test": test}, modes

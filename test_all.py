@@ -108,7 +108,6 @@ def test_networks_of_registration_take_any_size(words, size):
     I_a, I_b = rand(2, 3, *size).float(), rand(2, 2, *size).float()
     phi = R(I_a, I_b)
     assert phi.shape == (2, 2, *size) and T(I_a).shape == I_b.shape and phi.abs().max() < 5
-    assert D(I_a, I_b).isfinite().all()
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 5), (33, 20)])
 def test_the_resampler_does_what_eq_1_says(size):
@@ -156,13 +155,6 @@ def test_a_single_pair_is_aligned_and_two_scenes_are_not():
     hands = data.make_hands(4, 96, 1)[0]["source"] / 127.5 - 1
     for other in (hands, I_a, 0 * I_a):  # another scene, the same image, nothing at all
         same(geomreg.optimise(I_a, other), 0 * phi)
-
-def test_landmarks_lie_on_the_hand():  # skin is redder than blue, near is bright, bones are bright
-    views, y = data.make_hands(40, 64, 3)
-    (rgb, depth, xray), places = views.values(), 64 * y.view(40, 1, 17, 2).movedim(3, 1) - 0.5
-    for I in (rgb[:, :1].float() - rgb[:, 2:], depth[:, :1].float(), xray[:, :1].float()):
-        on_hand = warp.sample_at(nnf.max_pool2d(I, 3, 1, 1), places)
-        assert (on_hand > I.flatten(1).median(1).values.view(40, 1, 1, 1) + 12).float().mean() > 0.9
 
 @pytest.mark.parametrize("seed", range(101, 106))
 def test_embedded_plants_are_honestly_misaligned(seed):
@@ -214,9 +206,7 @@ def test_folders_are_read_as_they_were_written(tmp_path):
 
 @pytest.mark.parametrize("message,words,spoilt", [  # {}: the user's folder, a file of which may be spoilt
     ("idx3-ubyte.gz: damaged", "degia --data {}", {"train-images-idx3-ubyte.gz": gzip.compress(IMAGES[:-9])}),
-    ("--beta: 2 is not from 0.0001 to 1", "degia --beta 2", {}),
     ("line 2: .*outside", "reg --data {}", {"train/landmarks.csv": TABLE + b"\na0,1,2,97,4"}),
-    ("checkpoint.pt: no such checkpoint", "reg --resume", {}),
     ("A/a9.png: no partner", "reg --data {}", {"train/A/a9.png": b"text"}),
     ("B/a1.png: not a readable", "reg --data {}", {"train/B/a1.png": b"text"}),
     ("line 3.*x,4", "reg --data {}", {"train/landmarks.csv": TABLE + b"\na0,1,2,3,4\na1,1,2,x,4"}),
@@ -264,14 +254,14 @@ def test_short_runs_learn_and_a_rate_far_too_high_costs_no_checkpoint(tmp_path):
     _, digits = run("degia --method pure --train 999 --steps 130 --size 16 --lr 1e-3", tmp_path / "d")
     _, pairs = run("reg --train 100 --steps 80 --adversarial 0 --width 32 --height 32", tmp_path / "r")
     assert digits["domains"]["source"]["accuracy"] > 80
-    assert pairs["registered"]["scene"] < 0.97 * pairs["unregistered"]["scene"]
+    assert pairs["registered"]["scene"] < 0.9 * pairs["unregistered"]["scene"]
     with pytest.raises(data.InputError, match=r"^step \d+: task is (nan|inf)"):
         run(f"{DEGIA} --steps 8 --method pure --lr 1e9", tmp_path / "n")
     assert evaluation.load_checkpoint(tmp_path / "n")["step"] == 0
 
 def test_each_loss_of_registration_moves_its_own_networks(tmp_path):
     """Table 2, one step: with L_recon to R and the GAN to T, R moves as without D, T as without L_recon."""
-    words = f"{REG} --steps 1 --smooth 1 --recon .5"
+    words = f"{REG} --steps 1 --practice 0 --smooth 1 --recon .5"
     routed, no_gan, no_recon = (run(f"{words} {more}", tmp_path / more)[0]["state"]
                                 for more in ("--l1 R --gan T", "--adversarial 0", "--recon 0"))
     same(routed["R"], no_gan["R"], 1e-5)

@@ -123,15 +123,16 @@ def train_reg(o, checkpoint):
 
     for step in range(run.step, o.steps):
         losses = {}
-        i = torch.randint(len(A), (o.batch,), generator=generator(o, step, BATCH), device=device)
+        gen = generator(o, step, BATCH)
+        i = torch.randint(len(A), (o.batch,), generator=gen, device=device)
         I_a, I_b = 2 * data.to_float(A[i]) - 1, 2 * data.to_float(B[i]) - 1
 
         # ---- one field, two orders
         with autocast():
-            phi = R(I_a, I_b)
+            phi, T_a = R(I_a, I_b), T(I_a)
             moved = warp.resample(I_a, phi)
-            O_RT = warp.resample(T(I_a), phi)  # translate first
-            O_TR = T(moved)                    # register first
+            O_RT = warp.resample(T_a, phi)  # translate first
+            O_TR = T(moved)                 # register first
         fakes = {"both": [O_RT, O_TR], "translate-first": [O_RT], "register-first": [O_TR]}[o.order]
 
         # ---- max over D of eq. (5): tell I_b from the fakes, given I_a
@@ -151,9 +152,11 @@ def train_reg(o, checkpoint):
         scales = 1 if o.match == "l1" else 4 if step < 0.2 * o.steps else 2  # L1: as in (4); else far first
         losses["recon"] = sum(geomreg.distance(o.match, O, I_b, o.window, scales) for O in fakes)  # (4)
         losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
+        if o.practice > 0:  # else a D that is sure, early on, now and then drives R away for good
+            losses["practice"] = practice(R, I_a, T_a, gen)
         stiffness = o.smooth * min(1.0, 0.1 + 3 * step / o.steps)  # a field that is stiff at once never moves
         pull = o.recon * 2 / len(fakes)  # one order, and R alone too, counts twice
-        weights = {"gan": o.adversarial, "recon": pull, "smooth": stiffness}
+        weights = {"gan": o.adversarial, "recon": pull, "smooth": stiffness, "practice": o.practice}
         terms = {name: weight * losses[name] for name, weight in weights.items() if name in losses}
         opt_RT.zero_grad()
         if o.gan != "both" and "gan" in terms:  # table 2: the adversarial loss trains one of the two alone
@@ -169,6 +172,13 @@ def train_reg(o, checkpoint):
         if step % max(1, o.steps // 10) == 0:
             evaluation.picture_pairs(phi.detach(), I_a, I_b, run.folder / "training.png")
     run.finish(lambda: evaluation.evaluate_reg(R, pairs, run.folder))
+
+def practice(R, I_a, T_a, gen):  # not in the paper: R's error on T(A) warped by a known field, in widths
+    known = warp.random_field(len(I_a), I_a.shape[2:], data.BEND, data.SHIFT, gen)
+    contrast, light = torch.randn(2, len(I_a), 1, 1, 1, generator=gen, device=device)  # not to trust greys
+    picture = warp.resample(T_a.detach(), known, "border") * (1 + 0.3 * contrast) + 0.2 * light
+    with autocast():
+        return warp.norm(R(I_a, picture) - known).mean() / I_a.shape[3]
 
 class Run:
     """config.json, log.csv, checkpoint.pt, results.json. parts: all that has a state_dict; extra: a dict."""
@@ -235,7 +245,7 @@ HANDS = dict(out="runs/hands", M_width=32, size=64, steps=1600, batch=64, beta=0
              blur=9, flow_size=4)
 PAPER_DEGIA = dict(batch=128, lr=1e-4, flow_lr=1e-4, alpha=1, lam=0.1)
 PAPER_REG = dict(registration="unet", width=256, height=256, batch=12, lr=1e-4, match="l1", adversarial=1,
-                 alpha=1, recon=100, smooth=200, R_width=32, T_width=64, T_blocks=9, D_width=64)
+                 alpha=1, recon=100, smooth=200, practice=0, R_width=32, T_width=64, T_blocks=9, D_width=64)
 PAPER = {"digits": PAPER_DEGIA, "hands": PAPER_DEGIA | {"size": 256}, "reg": PAPER_REG}
 
 def number(kind, low, high=1e9):
@@ -280,7 +290,7 @@ def parse(argv):  # the options o, and the names of those that were given
     add("--lam", type=weight, default=0.1, help="scale lambda of the noise shift in (8)")
     add("--flow-size", type=number(int, 4), default=8, help="side of the image that F sees")
     add("--flow-steps", type=count, default=4, help="couplings per level of F")
-    programs.choices["reg"].set_defaults(task="reg", unseen=[], train=3000, steps=2000, batch=16, lr=3e-3)
+    programs.choices["reg"].set_defaults(task="reg", unseen=[], train=3000, steps=1600, batch=16, lr=3e-3)
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
     add("--rig", action="store_true", help="plants seen by two cameras on a rig: always the same offset")
@@ -297,6 +307,7 @@ def parse(argv):  # the options o, and the names of those that were given
     add("--alpha", type=weight, default=1.0, help="how much the field may bend at edges, eq. (3)")
     add("--match", choices=geomreg.MEASURES, default="correlation", help="what L_recon compares by")
     add("--window", type=int, choices=(3, 5, 7, 9), default=5, help="of correlation and SSIM")
+    add("--practice", type=weight, default=50.0, help="weight of R's practice on known fields")
     for net, width in (("R", 24), ("T", 16), ("D", 16)):
         add(f"--{net}-width", type=count, default=width, help=f"channels of {net}")
     add("--T-blocks", type=number(int, 0), default=0, help="residual blocks of T; 0: two convolutions")
@@ -306,7 +317,7 @@ def parse(argv):  # the options o, and the names of those that were given
     o = parser.parse_args(argv)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     if o.program == "reg" and o.similarity != "translation":  # R alone: no T, no D
-        vars(o).update(match=o.similarity, order="register-first", l1="both", adversarial=0)
+        vars(o).update(match=o.similarity, order="register-first", l1="both", adversarial=0, practice=0)
     if o.program == "degia" and (o.flow_size > o.size or o.flow_size % 4):
         raise InputError(f"--flow-size {o.flow_size}: not a multiple of 4 up to --size; choose another")
     if o.program == "degia" and o.method != "pure" and o.steps < o.rounds + 2:
