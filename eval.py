@@ -199,8 +199,8 @@ def align_files(register, pair, folder, size=None, modes=(None, None)):
     aligned = []
     for rows in places.split(256, dim=2):  # all at once would need gigabytes
         inside = ((rows > 0) & (rows < side_a)).all(1)
-        aligned.append(warp.sample_at(I, rows - 0.5, "border") * inside)
-    aligned = torch.cat(aligned, dim=2)[0].round().byte().permute(1, 2, 0).squeeze(2)
+        aligned.append((warp.sample_at(I, rows - 0.5, "border") * inside).round().byte())
+    aligned = torch.cat(aligned, dim=2)[0].permute(1, 2, 0).squeeze(2)
     Image.fromarray(aligned.numpy()).save(f"{name}_aligned.png")
     print(f"written: {name}_aligned.png, {name}_field.npy, {name}_overlay.png")
 
