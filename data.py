@@ -113,9 +113,8 @@ def draw_hand(side, rng):  # RGB, depth and X-ray at half that side, and 17 land
     palm = rng.uniform(0.5, 0.8) * side / max(*extent, 1.4)  # its length in pixels: all fingers fit
     joints *= palm
     joints[..., :2] += rng.uniform(0.03, 0.97, 2) * (side - palm * extent) - palm * low
-    bones = []
-    for joint, radius in zip(joints, RADII):
-        bones += zip(joint, joint[1:], palm * np.array([0.13, radius, radius, radius]))
+    bones = [(joint[k], joint[k + 1], (radius if k > 0 else 0.13) * palm)
+             for joint, radius in zip(joints, RADII) for k in range(4)]
     bones += [(wrist, wrist + [0, 1.7 * palm, 0], 0.14 * palm) for wrist in joints[[0, 3], 0]]  # the arm
     rgb = clouds((side, side), 5, rng.uniform(60, 180), 60, rng)  # mostly grey, as rooms are
     depth = Image.new("L", (side, side), int(rng.integers(10, 60)))

@@ -96,13 +96,13 @@ def build(o, y=None):
     """M and F (or None) of options o, untrained; hands get mean_pose and poses from y, or a checkpoint."""
     outputs, classes = (34, 8) if o.task == "hands" else (10, 10)  # the classes of hands: 8 clusters of poses
     M = TaskNetwork(o.backbone, o.M_width, o.size, outputs)
-    y = y if o.task == "hands" else None
-    if y is not None:
-        M.mean_pose.copy_(y.mean(0))
+    poses = y if o.task == "hands" else None  # the targets of digits are no poses
+    if poses is not None:
+        M.mean_pose.copy_(poses.mean(0))
     if o.method != "degia":
         return M, None
     F = Flow(3, o.flow_size, classes, steps=o.flow_steps, lam=o.lam)
-    F.register_buffer("poses", torch.zeros(classes, 34) if y is None else k_means(y, classes))
+    F.register_buffer("poses", torch.zeros(classes, 34) if poses is None else k_means(poses, classes))
     return M, F
 
 # ---------------------------------------------------------------- the two objectives

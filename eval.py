@@ -129,8 +129,7 @@ def evaluate_reg(R, pairs, folder):  # of the test pairs and of 100 training pai
     results, fields = landmark_errors(R, pairs["test"])
     picture_pairs(*fields, folder / "pairs.png")
     some = data.Pairs(*(field if field is None else field[:100] for field in pairs["train"]))
-    results["registered_train"] = landmark_errors(R, some)[0]["registered"]
-    return results
+    return results | {"registered_train": landmark_errors(R, some)[0]["registered"]}
 
 def picture_pairs(phi, I_a, I_b, path):  # figure 4, a column for each of up to 8 pairs
     phi, I_a, I_b = phi[:8], I_a[:8], I_b[:8]
@@ -184,8 +183,7 @@ def align_files(register, pair, folder, size=None, modes=(None, None)):
     small = (data.to_tensor(picture.resize(size[::-1], Image.BILINEAR)) for picture in (A, B))
     I_a, I_b = (2 * data.to_float(I[None].to(device)) - 1 for I in small)
     phi = autocast()(register)(I_a, I_b)
-    a, b = (geomreg.descriptors(I, 128) for I in (I_a, I_b))
-    gain = 1 - (geomreg.unlikeness(a, b, phi) / geomreg.unlikeness(a, b, 0 * phi)).item()
+    gain = 1 - (geomreg.image_unlikeness(I_a, I_b, phi) / geomreg.image_unlikeness(I_a, I_b, 0 * phi)).item()
     print(f"they match {gain:.0%} better than before" if gain > 0.005 else "no better match was found")
 
     folder.mkdir(parents=True, exist_ok=True)

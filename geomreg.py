@@ -17,7 +17,7 @@ import warp
 
 SLOPE = 0.2  # of all leaky ReLUs, and in Kaiming's initial weights
 MEASURES = ("l1", "correlation", "ncc", "ncc-edges", "ssim-edges", "mind")
-LEVELS = ((64, 2), (64, 3), (128, 3), (128, 4), (128, 6), (256, 8))  # longest side; knots per side of a field
+LEVELS = ((64, 2), (64, 3), (128, 3), (128, 4), (128, 6), (256, 8))  # of `optimise`: longest side, knots
 
 # ---------------------------------------------------------------- layers; w is a width
 def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
@@ -215,10 +215,9 @@ def descriptors(I, side):  # MIND of I averaged down by a whole number, to a lon
     return mind(nnf.adaptive_avg_pool2d(I, [max(1, n // scale) for n in I.shape[2:]]))
 
 def unlikeness(a, b, phi):
-    """Mean |R_S(a, phi) - b| (B,) of descriptors, where a is seen: it must not pay to push misfits out."""
-    phi = warp.resize_field(phi, b.shape[2:])
+    """Mean |R_S(a, phi) - b| (B,) of descriptors where a is seen: to push misfits out must not pay."""
     moved = warp.resample(torch.cat([a, torch.ones_like(a[:, :1])], dim=1), phi)
-    moved, seen = moved[:, :-1], moved[:, -1:]  # seen: the share of a pixel that lies inside of a
+    moved, seen = moved[:, :-1], moved[:, -1:]  # seen: how much of the pixel comes from inside of a
     return (moved - seen * b).abs().mean(1).sum((1, 2)) / seen.sum((1, 2, 3)).clamp_min(1)
 
 def best_translation(a, b, phi):  # by up to 6 pixels along each side; or phi, where that matches better
@@ -240,14 +239,14 @@ def optimise(I_a, I_b, start=None):
     for side, knots in LEVELS:
         a, b = descriptors(I_a, side), descriptors(I_b, side)
         coarser = warp.resize_field(phi, b.shape[2:])
-        if phi is start:
+        if phi is start:  # the first level
             coarser = best_translation(a, b, coarser)
         change = torch.zeros(len(b), 2, knots, knots, device=b.device, requires_grad=True)
         optimizer = torch.optim.Adam([change], lr=0.5)  # pixels
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.88)  # to .02 in 25 steps
         for _ in range(25):
             phi = coarser + nnf.interpolate(change, size=b.shape[2:], mode="bicubic", align_corners=True)
-            loss = unlikeness(a, b, phi) + 20 * warp.bending(phi)
+            loss = unlikeness(a, b, phi) + 20 * warp.bending(phi)  # 20: why, says results/README.md
             optimizer.zero_grad()
             loss.sum().backward()  # no pair sees another
             optimizer.step()
@@ -255,9 +254,12 @@ def optimise(I_a, I_b, start=None):
         phi = warp.resize_field(phi.detach(), start.shape[2:])
     return torch.where(is_match(I_a, I_b, phi, start)[:, None, None, None], phi, start)
 
-@torch.no_grad()
-def is_match(I_a, I_b, phi, start):  # (B,): better than `start`, 12 % better than chance, B's mirror images?
+def image_unlikeness(I_a, I_b, phi):  # of two images, at one size for all, so that its values compare
     a, b = descriptors(I_a, 128), descriptors(I_b, 128)
-    mirrored = [descriptors(I_b.flip(sides), 128) for sides in ((2,), (3,), (2, 3))]
-    chance = torch.stack([unlikeness(a, other, phi) for other in mirrored]).amin(0)
-    return unlikeness(a, b, phi) < torch.minimum(unlikeness(a, b, start), 0.88 * chance)
+    return unlikeness(a, b, warp.resize_field(phi, b.shape[2:]))
+
+@torch.no_grad()
+def is_match(I_a, I_b, phi, start):  # (B,): better than `start`, and 12 % better than by chance
+    mirrored = [I_b.flip(sides) for sides in ((2,), (3,), (2, 3))]  # as much structure, nothing of A
+    chance = torch.stack([image_unlikeness(I_a, other, phi) for other in mirrored]).amin(0)
+    return image_unlikeness(I_a, I_b, phi) < torch.minimum(image_unlikeness(I_a, I_b, start), 0.88 * chance)

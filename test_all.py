@@ -86,7 +86,7 @@ def test_the_ascent_climbs_eq_7_stays_in_range_and_touches_no_parameter():
     values = [objective(degia.ascend(x_src, objective, K, eta=1e-3, blur=1)).item() for K in (0, 1, 2, 4)]
     assert values == sorted(set(values))
     x = degia.ascend(x_src, objective, 1, eta=0.5, blur=3)
-    assert 0 <= x.min() and x.max() <= 1 and all(p.grad is None for p in M.parameters())
+    assert 0 <= x.min() and x.max() <= 1 and all(p.grad is None for p in [*M.parameters(), *F.parameters()])
     assert 0.25 < (x - x_src).square().mean().sqrt() < 0.501  # eta, or less where x was clamped
     l_task, features = nnf.cross_entropy(M(x)[0], c), (M(x)[1] - feature_src).square().mean()
     view = nnf.avg_pool2d(x, 4)
@@ -248,12 +248,13 @@ def test_a_run_that_is_killed_and_resumed_equals_a_whole_one(words, tmp_path, mo
     rest, resumed_results = run(f"{program} --resume", tmp_path / "parts")
     same(whole["state"], rest["state"])
     own = {"seconds": 0, "out": "", "resume": True}
+    assert [row | own for row in whole["log"]] == [row | own for row in rest["log"]]
     assert results | own == resumed_results | own and str(whole["extra"]) == str(rest["extra"])
 
 def test_short_runs_learn_and_a_rate_far_too_high_costs_no_checkpoint(tmp_path):
     _, digits = run("degia --method pure --train 999 --steps 130 --size 16 --lr 1e-3", tmp_path / "d")
     _, pairs = run("reg --train 100 --steps 80 --adversarial 0 --width 32 --height 32", tmp_path / "r")
-    assert digits["domains"]["source"]["accuracy"] > 80
+    assert digits["domains"]["source"]["accuracy"] > 80 and "bits_per_dim" not in digits
     assert pairs["registered"]["scene"] < 0.9 * pairs["unregistered"]["scene"]
     with pytest.raises(data.InputError, match=r"^step \d+: task is (nan|inf)"):
         run(f"{DEGIA} --steps 8 --method pure --lr 1e9", tmp_path / "n")
@@ -283,4 +284,4 @@ def test_eval_repeats_the_numbers_of_a_run_and_reads_the_users_files(tmp_path, c
     phi = torch.from_numpy(np.load(reg / "a1_field.npy"))[None]
     I, aligned = data.read_images([A, reg / "a1_aligned.png"], (40, 48))[0].float()
     assert re.search(r"a1.png: \d", printed) and phi.shape == (1, 2, 40, 48)
-    assert (aligned - warp.resample(I[None], phi, "border")[0]).abs().mean() < 3
+    assert (aligned - warp.resample(I[None], phi)[0])[:, 2:-2, 2:-2].abs().mean() < 2

@@ -27,7 +27,7 @@ from flows import NOISE_DIM, bits_per_dim
 BATCH, PICKED, ASCENT, FIRST = range(4)  # what is random in a step; each has a stream of its own
 
 def generator(o, step, stream):  # by seed and step alone: a resumed run needs no random state
-    seed = np.random.SeedSequence((o.seed, step, stream, 0)).generate_state(1)  # mixed well, to 32 bits
+    seed = np.random.SeedSequence((o.seed, step, stream)).generate_state(1)  # mixed well, to 32 bits
     return torch.Generator(device).manual_seed(int(seed[0]))
 
 def adam(parameters, o, betas=(0.5, 0.999)):  # its rate: constant, then linear to 0 over the second half
