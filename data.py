@@ -223,6 +223,7 @@ def open_image(path, mode="RGB"):
                  "16 bits per channel": not deep and (";16" in stored or max(tags.get(258, [8])) > 8),
                  f"mode {image.mode}": image.mode in ("CMYK", "YCbCr", "LAB", "HSV"),
                  "white stored as 0": deep and tags.get(262) == 0,
+                 "signed bytes": tags.get(258) == (8,) and tags.get(339) == (2,),
                  "over 178 megapixels: make it smaller": image.width * image.height > 178e6}
         if any(wrong.values()):
             raise ValueError(", ".join(reason for reason in wrong if wrong[reason]))
@@ -282,7 +283,9 @@ def load_mnist(folder, split, size):  # images (N, 1, size, size) in [0, 1], lab
         path = path if path.exists() else path.with_name(f"{path.name}.gz")
         with blaming(f"{path}: damaged or missing", "correct --data, fetch it again, or add --task hands"):
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-            shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+            magic, *shape = np.frombuffer(content, ">i4", 1 + dimensions)
+            if magic != 0x800 + dimensions:
+                raise ValueError("not an IDX file of bytes")
             arrays.append(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape))
     x, y = map(torch.tensor, arrays)
     top = max(y.tolist(), default=10)

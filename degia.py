@@ -9,8 +9,7 @@
     max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ] }
 What balances what: l_task is of order 1 (hands: .01), so -log p, thousands of nats, is divided by D; d and
 the feature distance are means per dimension. In (7), at deviations of 1, -log p / D gains half of the squared
-distance of z from its mean; alpha d takes back what the images share of it: too little for alpha below 1/2.
-"""
+distance of z from its mean; alpha d takes back what the images share of it: too little below 1/2."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -101,7 +100,7 @@ def build(o, y=None):
         M.mean_pose.copy_(poses.mean(0))
     if o.method != "degia":
         return M, None
-    F = Flow(3, o.flow_size, classes, steps=o.flow_steps, lam=o.lam)
+    F = Flow(3, o.flow_size, classes, lam=o.lam)
     F.register_buffer("poses", torch.zeros(classes, 34) if poses is None else k_means(poses, classes))
     return M, F
 
@@ -131,9 +130,8 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
     return (l_task - alpha * feature_distance - log_p / F.dim - alpha * d).sum()  # d: one number, B times
 
 def ascend(x_src, objective, K, eta, blur):
-    """K steps x <- clamp(x + eta g / rms(g)) from x_src; g is d objective / dx after a blur x blur mean. rms
-    is that of each image: eta, a number or (B, 1, 1, 1), is in units of the image, where a raw gradient would
-    change nothing or everything."""
+    """K steps x <- clamp(x + eta g / rms(g)) from x_src; g is d objective / dx after a blur x blur mean. eta,
+    a number or (B, 1, 1, 1), is thus in units of the image; a raw gradient changes nothing, or everything."""
     x = x_src.detach()
     for _ in range(K):
         x.requires_grad_()

@@ -101,11 +101,11 @@ def picture_new_samples(x_src, pool, per_round, path):  # of each max round, bel
     save_grid(rows, path)
 
 @torch.no_grad()
-def landmark_errors(register, pairs):
+def landmark_errors(register, pairs, n=None):
     """Mean distances (7) in pixels, before and after phi = register(I_a, I_b), of all landmarks and those on
-    the plant; the share of pairs improved, and of pixels folded. Also phi, I_a, I_b of the last batch."""
+    the plant; shares of the n pairs improved and of pixels folded. And phi, I_a, I_b of the last batch."""
     distances, folded = [], []
-    for i in torch.arange(len(pairs.A)).split(25):
+    for i in torch.arange(len(pairs.A))[:n].split(25):
         I_a, I_b = (2 * data.to_float(I[i].to(device)) - 1 for I in (pairs.A, pairs.B))
         phi = autocast()(register)(I_a, I_b)
         folded.append((warp.jacobian_determinant(phi) <= 0).float().mean((1, 2)))
@@ -120,7 +120,7 @@ def landmark_errors(register, pairs):
         for kinds, d in zip(errors.values(), distances):
             kinds["scene"] = d.nanmean(1).nanmean().item()
             if pairs.salient is not None:
-                kinds["salient"] = d.where(pairs.salient, torch.nan).nanmean(1).nanmean().item()
+                kinds["salient"] = d.where(pairs.salient[:n], torch.nan).nanmean(1).nanmean().item()
         before, after = distances.nanmean(2)  # NaN for a pair without landmarks
         errors["registered"]["improved"] = 100 * (after < before)[~before.isnan()].float().mean().item()
     return {**errors, "folding": torch.cat(folded).mean().item()}, (phi, I_a, I_b)
@@ -128,8 +128,7 @@ def landmark_errors(register, pairs):
 def evaluate_reg(R, pairs, folder):  # of the test pairs and of 100 training pairs; pairs.png
     results, fields = landmark_errors(R, pairs["test"])
     picture_pairs(*fields, folder / "pairs.png")
-    some = data.Pairs(*(field if field is None else field[:100] for field in pairs["train"]))
-    return results | {"registered_train": landmark_errors(R, some)[0]["registered"]}
+    return results | {"registered_train": landmark_errors(R, pairs["train"], 100)[0]["registered"]}
 
 def picture_pairs(phi, I_a, I_b, path):  # figure 4, a column for each of up to 8 pairs
     phi, I_a, I_b = phi[:8], I_a[:8], I_b[:8]
@@ -209,6 +208,10 @@ def unused(folder, stem, endings):  # folder/stem, or folder/stem_2 ...: nothing
 def tables(args):  # train what is missing of results/papers.csv; mean and deviation over seeds
     papers, lines = Path(__file__).with_name("results") / "papers.csv", []
     rows = csv.DictReader(papers.read_text(encoding="utf-8").splitlines())
+    if args.task == "reg" and "--data" in args.others:
+        folder = Path(args.others[args.others.index("--data") + 1])
+        if not any(folder.glob("t*/landmarks.csv")):
+            raise data.InputError(f"{folder}: no landmarks.csv to measure by; see README.md")
     for row in (r for r in rows if r["task"] == args.task and r["row"].startswith(tuple(args.rows))):
         runs = [*train_row(args, [args.task, *row["options"].split(), *args.others])]
         for measure in runs[0] if runs else ():
@@ -276,8 +279,8 @@ def main(argv):
     if args.run == "align" and not args.data:
         return align_files(geomreg.optimise, args.images, args.out)
     if args.run == "align":
-        pairs, _ = data.load_pairs(Namespace(data=args.data, width=128, height=96))
-        return print_table(landmark_errors(geomreg.optimise, pairs["test"])[0])
+        pairs = data.read_pairs(Path(args.data, "test"), (96, 128), {"A": None, "B": None})
+        return print_table(landmark_errors(geomreg.optimise, pairs)[0])
     folder, checkpoint = Path(args.run), load_checkpoint(args.run)
     o = Namespace(**checkpoint["config"] | {name: given for name, given in vars(args).items() if given})
     if o.program == "reg":

@@ -5,8 +5,7 @@
     z     latent code (B, D), z = F(x), D = C S^2: the parts that all levels leave behind, side by side
     c, n  class (B,), int64; noise (B, NOISE_DIM), N(0, I), of the random shift of the prior's mean
 log p(y | c) = log p_Z(z | c) + log |det dz/dy|: we read p_X(x, c) of eq. (2) as p(x | c). Each layer returns
-its output and its log-determinant, in nats: (B,), or one number if all images have the same.
-"""
+its output and its log-determinant, in nats: (B,), or one number if all images have the same."""
 import math
 
 import torch

@@ -7,8 +7,7 @@
     O_RT = R_S(T(I_a), phi)   translate first
     O_TR = T(R_S(I_a, phi))   register first
 Both orders share one phi. Had T moved something, phi would have to undo it after T in one order, before T
-in the other: only a nearly constant phi does both. Where phi varies, T keeps geometry and R does the moving.
-"""
+in the other: only a nearly constant phi does both. Where phi varies, T keeps geometry and R moves."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -17,7 +16,7 @@ import warp
 
 SLOPE = 0.2  # of all leaky ReLUs, and in Kaiming's initial weights
 MEASURES = ("l1", "correlation", "ncc", "ncc-edges", "ssim-edges", "mind")
-LEVELS = ((64, 2), (64, 3), (128, 3), (128, 4), (128, 6), (256, 8))  # of `optimise`: longest side, knots
+LEVELS = ((64, 1), (64, 2), (64, 3), (128, 3), (128, 4), (128, 6), (256, 8))  # of `optimise`: side, knots
 
 # ---------------------------------------------------------------- layers; w is a width
 def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
@@ -27,27 +26,23 @@ def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
     layer.weight.data *= scale
     return layer
 
-class InstanceNorm(nn.Module):
-    """Each channel of each image with mean 0, deviation 1; nnf.instance_norm copies out of channels_last."""
-    def forward(self, x):
-        return torch.cat([nnf.batch_norm(image, None, None, training=True) for image in x.split(1)])
-
 def conv_relu(c_in, c_out, kernel=3, stride=1):
     return nn.Sequential(conv(c_in, c_out, kernel, stride), nn.LeakyReLU(SLOPE))
 
 def conv_norm_relu(c_in, c_out, kernel=3, stride=1):  # the norm takes the mean away, and with it any bias
-    return nn.Sequential(conv(c_in, c_out, kernel, stride, bias=False), InstanceNorm(), nn.LeakyReLU(SLOPE))
+    layer = conv(c_in, c_out, kernel, stride, bias=False)
+    return nn.Sequential(layer, nn.InstanceNorm2d(c_out), nn.LeakyReLU(SLOPE))
 
 def up_norm_relu(c_in, c_out):  # doubles the size, as in CycleGAN's generator
     layer = nn.ConvTranspose2d(c_in, c_out, 3, stride=2, padding=1, output_padding=1, bias=False)
     nn.init.kaiming_normal_(layer.weight, a=SLOPE)
-    return nn.Sequential(layer, InstanceNorm(), nn.LeakyReLU(SLOPE))
+    return nn.Sequential(layer, nn.InstanceNorm2d(c_out), nn.LeakyReLU(SLOPE))
 
 class Residual(nn.Module):
     """x + f(x), f two convolutions with InstanceNorm."""
     def __init__(self, w):
         super().__init__()
-        self.f = nn.Sequential(conv_norm_relu(w, w), conv(w, w, bias=False), InstanceNorm())
+        self.f = nn.Sequential(conv_norm_relu(w, w), conv(w, w, bias=False), nn.InstanceNorm2d(w))
 
     def forward(self, x):
         return x + self.f(x)
@@ -178,10 +173,9 @@ def mind(I):
     mean squared difference of the 3x3 patches at a pixel and at each of its neighbours, less the least of
     them, V the mean D. It tells in which directions an image stays the same, and nothing of its greys."""
     grey = I.mean(1, keepdim=True)
-    height, width = grey.shape[2:]
-    padded = nnf.pad(grey, (1, 1, 1, 1), mode="replicate")
-    shifted = [padded[:, :, y:y + height, x:x + width] for y in range(3) for x in range(3)]
-    D = local_mean((torch.cat(shifted[:4] + shifted[5:], dim=1) - grey).square(), 3)
+    patches = nnf.unfold(nnf.pad(grey, (1, 1, 1, 1), mode="replicate"), 3).unflatten(2, grey.shape[2:])
+    neighbours = torch.cat([patches[:, :4], patches[:, 5:]], dim=1)  # 4 is the pixel itself
+    D = local_mean((neighbours - grey).square(), 3)
     V = D.mean(1, keepdim=True)
     V = V + 0.01 * V.mean((2, 3), keepdim=True) + 1e-8  # the noise of flat ground is no structure
     return torch.exp(-(D - D.amin(1, keepdim=True)) / V)
@@ -220,16 +214,6 @@ def unlikeness(a, b, phi):
     moved, seen = moved[:, :-1], moved[:, -1:]  # seen: how much of the pixel comes from inside of a
     return (moved - seen * b).abs().mean(1).sum((1, 2)) / seen.sum((1, 2, 3)).clamp_min(1)
 
-def best_translation(a, b, phi):  # by up to 6 pixels along each side; or phi, where that matches better
-    least = unlikeness(a, b, phi)
-    for x in range(-6, 7):
-        for y in range(-6, 7):
-            moved = warp.scaled(torch.ones_like(phi), x, y)
-            here = unlikeness(a, b, moved)
-            phi = torch.where((here < least)[:, None, None, None], moved, phi)
-            least = torch.minimum(here, least)
-    return phi
-
 @torch.enable_grad()
 def optimise(I_a, I_b, start=None):
     """The phi (B, 2, H, W) that minimizes unlikeness of MIND + 20 bending: (6) over phi itself, pair by pair,
@@ -239,8 +223,6 @@ def optimise(I_a, I_b, start=None):
     for side, knots in LEVELS:
         a, b = descriptors(I_a, side), descriptors(I_b, side)
         coarser = warp.resize_field(phi, b.shape[2:])
-        if phi is start:  # the first level
-            coarser = best_translation(a, b, coarser)
         change = torch.zeros(len(b), 2, knots, knots, device=b.device, requires_grad=True)
         optimizer = torch.optim.Adam([change], lr=0.5)  # pixels
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.88)  # to .02 in 25 steps

@@ -1,9 +1,10 @@
 """What this code promises, each promise held against something simpler: an inverse, a brute-force Jacobian, a
 loop over pixels, a library's formula, a file whose content is known. Run: `python -m pytest test_all.py`"""
+import gc
 import gzip
 import json
-import math
 import re
+import sqlite3
 import sys
 
 import numpy as np
@@ -22,7 +23,7 @@ import warp
 
 train.device = evaluation.device = torch.device("cpu")  # bit for bit equality is promised there
 evaluation.bfloat16 = False  # its rounding would blur the oracles
-DEGIA = "degia --train 60 --size 16 --batch 8 --rounds 2 --eta .01 --flow-size 4 --flow-steps 1"
+DEGIA = "degia --train 60 --size 16 --batch 8 --rounds 2 --eta .01 --flow-size 4"
 REG = "reg --train 20 --width 16 --height 16 --batch 4 --R-width 4 --T-width 4 --D-width 4"
 
 def same(a, b, tolerance=0.0):
@@ -49,7 +50,7 @@ def test_the_flow_is_inverted_and_its_log_determinant_is_the_jacobians(channels,
     same(F.inverse(z), (255 * x + u) / 256, 1e-9)
     jacobian = torch.autograd.functional.jacobian(lambda x: F(x[None], u[:1])[0][0], x[0])
     dz_dx = torch.linalg.slogdet(jacobian.view(F.dim, F.dim)).logabsdet
-    same(log_det[0], dz_dx - F.dim * math.log(255 / 256), 1e-8)  # that of dz/dy: y = (255 x + u) / 256
+    same(log_det[0], dz_dx - F.dim * np.log(255 / 256), 1e-8)  # that of dz/dy: y = (255 x + u) / 256
     same(flows.bits_per_dim(0 * log_det, F.dim), 8 + 0 * log_det)  # a uniform density: 256 levels, once
     grey = 255 * F.float().sample(torch.arange(60) % 3, torch.Generator().manual_seed(0))
     assert grey.std() > 12 and (grey - grey.round().clamp(0, 255)).abs().max() < 1e-3
@@ -226,8 +227,15 @@ def test_a_run_has_a_folder_of_its_own(tmp_path):
     for wrong, message in {words: "it holds files", "degia --resume": "train.py reg",
                            "reg --resume --steps 13": "another --steps"}.items():
         pytest.raises(data.InputError, run, wrong, out).match(message)
+    (mine / "train/A/a0.png").write_bytes(LABELS)
+    pytest.raises(data.InputError, run, "reg --resume", out).match("not those of the run")
+    user_folder(tmp_path / "moved")
+    run(f"reg --resume --data {tmp_path / 'moved'}", out)
+    _other = sqlite3.connect(out / "lock").execute("BEGIN EXCLUSIVE")
+    pytest.raises(data.InputError, run, "reg --resume", out).match("another process")
 
 def run(words, out):  # what `train.py WORDS --out OUT` leaves: its checkpoint and results.json
+    gc.collect()  # a run that was killed within this process would still hold its lock
     train.main([*words.split(), "--out", str(out)])
     return evaluation.load_checkpoint(out), json.loads((out / "results.json").read_text())
 

@@ -1,18 +1,18 @@
 """Train DeGIA, or the geometry-preserving registration. The two loops stand first, as in the papers.
 
     python train.py degia                  embedded digits; --task hands: landmarks of embedded hands
-    python train.py reg                    embedded plants, RGB to infrared; --resume goes on with runs/reg
-"""
+    python train.py reg                    embedded plants, RGB to infrared; --resume goes on with runs/reg"""
 import argparse
 import functools
 import json
 import os
+import sqlite3
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 import data
@@ -84,7 +84,7 @@ def train_degia(o, checkpoint):
         optimizer.zero_grad()
         loss.backward()
         if F is not None:  # log-densities of images never seen have huge gradients
-            clip_grad_norm_(F.parameters(), 10.0)
+            torch.nn.utils.clip_grad_norm_(F.parameters(), 10.0)
         optimizer.step()
         scheduler.step()
         run.log(losses)
@@ -165,7 +165,7 @@ def train_reg(o, checkpoint):
             terms.pop("recon").backward(inputs=trained[o.l1], retain_graph=True)
         sum(terms.values()).backward(inputs=trained["both"])  # not D's parameters
         for which in ("R", "T"):
-            clip_grad_norm_(trained[which], 10.0)  # a field that jumps has huge gradients
+            torch.nn.utils.clip_grad_norm_(trained[which], 10.0)  # a field that jumps has huge gradients
         opt_RT.step()
         lr_RT.step()
         run.log(losses)
@@ -187,6 +187,10 @@ class Run:
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.rows, self.recent = checkpoint["log"], []  # recent: losses of the steps since the last row
         self.step, self.began = checkpoint["step"], time.time() - checkpoint["seconds"]
+        with data.blaming(f"{o.out}: no access, or another process works there", "wait, or choose another"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = sqlite3.connect(self.folder / "lock", timeout=0)  # free when we end, or are killed
+            self.lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
         if o.resume:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint["state"][name])
@@ -203,13 +207,11 @@ class Run:
         part = self.folder / "checkpoint.part"
         try:
             with data.blaming(f"{part}: cannot be written", "make room, then go on with --resume"):
-                self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / "config.json").write_text(json.dumps(vars(self.o), indent=1) + "\n")
                 torch.save(content, part)
                 os.replace(part, self.folder / "checkpoint.pt")
         finally:
-            if part.exists():  # the disk is full
-                part.unlink()
+            part.unlink(missing_ok=True)  # of a disk that is full
 
     def log(self, losses):
         """End a step; now and then, or to save, check and log the losses: only then we wait for a GPU."""
@@ -238,6 +240,7 @@ class Run:
         (self.folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
         evaluation.print_table(results)
         print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and pictures", flush=True)
+        self.lock.close()
 
 # ---------------------------------------------------------------- options
 # What --task hands changes; --paper: the papers' values, unstated sizes ours. Explicit options win over both.
@@ -257,10 +260,10 @@ def number(kind, low, high=1e9):
 
 def parse(argv):  # the options o, and the names of those that were given
     count, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
-    raw, quiet = argparse.RawDescriptionHelpFormatter, argparse.SUPPRESS  # no usage: an error is one line
+    raw, show = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
+    quiet = argparse.SUPPRESS  # no usage: an error is one line
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, usage=quiet)
     programs = parser.add_subparsers(dest="program", required=True, prog="train.py")
-    show = argparse.ArgumentDefaultsHelpFormatter
     for name in ("degia", "reg"):
         add = programs.add_parser(name, formatter_class=show, usage=quiet, allow_abbrev=False).add_argument
         add("--out", default=f"runs/{name}", help="run folder; runs/hands for hands")
@@ -289,7 +292,6 @@ def parse(argv):  # the options o, and the names of those that were given
     add("--alpha", type=weight, default=1.0, help="weight of the two distances in (7)")
     add("--lam", type=weight, default=0.1, help="scale lambda of the noise shift in (8)")
     add("--flow-size", type=number(int, 4), default=8, help="side of the image that F sees")
-    add("--flow-steps", type=count, default=4, help="couplings per level of F")
     programs.choices["reg"].set_defaults(task="reg", unseen=[], train=3000, steps=1600, batch=16, lr=3e-3)
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
@@ -334,19 +336,27 @@ def check_folder(o):
         if folder.exists() and any(folder.iterdir()):
             raise ValueError("it holds files")
 
+def fingerprint(o):  # of the user's files: how many, and a checksum of their names and sizes
+    paths = [path for folder in (o.data, *o.unseen) for path in sorted(Path(folder).rglob("[!.]*"))]
+    sizes = [(path.name, path.stat().st_size) for path in paths if path.is_file() and path.suffix != ".db"]
+    return [len(sizes), zlib.crc32(str(sizes).encode())]
+
 def main(argv):
-    """Begin a run, or go on with one, with its own options: those given once more must be the same."""
+    """Begin a run, or go on with one, with its own options; its data may have moved, but not changed."""
     o, given = parse(argv)
+    o.files = fingerprint(o)
     if not o.resume:
         check_folder(o)
         checkpoint = {"step": 0, "seconds": 0, "log": []}
     else:
         checkpoint = evaluation.load_checkpoint(o.out, o.program)
         config = {**checkpoint["config"], "out": o.out, "resume": True}
-        for name in given:
+        for name in given - {"data", "unseen"}:
             if config[name] != vars(o)[name]:
                 raise InputError(f"{o.out}: has another --{name.replace('_', '-')}, {config[name]}; omit it")
-        o = argparse.Namespace(**config)
+        o = argparse.Namespace(**config | {name: vars(o)[name] for name in given})
+        if fingerprint(o) != o.files:
+            raise InputError(f"{o.data}: these files, or --unseen's, are not those of the run; restore them")
     torch.manual_seed(o.seed)  # for the first values of the networks
     {"degia": train_degia, "reg": train_reg}[o.program](o, checkpoint)
 

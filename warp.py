@@ -4,10 +4,7 @@
     v, u  pixels (x, y): x right, y down; the centre of the top-left pixel is (0, 0)
     phi   displacement field (B, 2, H, W) in pixels; channel 0 is x, channel 1 is y
 R_S(I, phi)[v] = I[v + phi(v)]: with phi = (1, 0) everywhere each pixel shows its right neighbour. So what I
-holds at p is seen at the v with v + phi(v) = p.
-"""
-import math
-
+holds at p is seen at the v with v + phi(v) = p."""
 import torch
 import torch.nn.functional as nnf
 
@@ -78,7 +75,7 @@ def warp_points(points, phi, iterations=200):
     for _ in range(iterations):
         left_over = p - q - sample_at(phi, q, "border")
         q = q + 0.5 * left_over
-    return torch.where(norm(left_over)[:, None] < 0.1, q, math.nan)[..., 0].transpose(1, 2)
+    return torch.where(norm(left_over)[:, None] < 0.1, q, torch.nan)[..., 0].transpose(1, 2)
 
 def jacobian_determinant(phi):  # of v + phi: (B, H-1, W-1), forward differences; at 0 and below phi folds
     x_dx, y_dx = difference(phi, 1, 0)[:, :, :-1].unbind(1)
