@@ -179,13 +179,13 @@ def misaligned(thing, knots, shift):  # moved by a field quadratic in x and in y
     return thing._replace(points=thing.points + np.einsum("pi,pj,ijk->pk", y, x, knots) + shift)
 
 def make_plants(n, size, seed, modality="ir", rig=False):
-    """n misaligned pairs, less on a rig; points (n, P, 4): pixels, NaN if hidden; salient: on the plant."""
+    """n misaligned pairs; points (n, P, 4): xa, ya, xb, yb in px, NaN if hidden; salient: on the plant."""
     rng, pairs = np.random.default_rng(seed), []
-    share, mean, slope = (0.35, [0.07, 0.04], [0.10, 0]) if rig else (1, 0, 0)  # rig: two cameras
+    random, fixed, baseline = (0.35, [0.07, 0.04], [0.10, 0]) if rig else (1, 0, 0)  # rig: mostly one offset
     for _ in range(n):
-        knots = share * rng.normal(0, BEND, (3, 3, 2))
-        offset = share * rng.normal(0, SHIFT, 2) + mean
-        parallax = (not rig) * rng.normal(0, 0.03, 2) + slope
+        knots = random * rng.normal(0, BEND, (3, 3, 2))
+        offset = random * rng.normal(0, SHIFT, 2) + fixed
+        parallax = (not rig) * rng.normal(0, 0.03, 2) + baseline  # times depth: how a thing shifts by itself
         things = sorted(plant_scene(rng), key=lambda thing: thing.depth)  # far ones first
         moved = [misaligned(thing, knots, offset + parallax * (thing.depth - 0.5)) for thing in things]
         A, p_a, in_a = draw_scene(things, size, "rgb", rng)
@@ -256,7 +256,7 @@ def list_images(folder):  # {stem: path}, sorted; names that begin with a dot ar
     return found
 
 def read_landmarks(table, sides):
-    """Points (n, 4) of each pair in a csv `name,xa,ya,xb,yb`: pixels as shares of its sides {stem: (4,)}."""
+    """A list of (n, 4), a pair each: xa,ya,xb,yb of the csv in shares of sides[stem] = (wa, ha, wb, hb)."""
     rows = {stem: [] for stem in sides}
     with blaming(f"{table}: not a readable table", "correct it as README.md says"):
         lines = list(csv.reader(table.read_text("utf-8-sig", "replace").splitlines(), skipinitialspace=True))
@@ -272,7 +272,7 @@ def read_landmarks(table, sides):
                 raise ValueError("a point is outside")
             rows[stem].append(row)
     pixels = [np.reshape(row, (-1, 4)) for row in rows.values()]
-    if np.concatenate(pixels).max(initial=0) <= 1:
+    if 0 < np.concatenate(pixels).max(initial=0) <= 1:
         raise InputError(f"{table}: no coordinate is above 1; give pixels, not shares, or remove it")
     return [torch.tensor((row + 0.5) / side) for row, side in zip(pixels, sides.values())]
 
@@ -337,7 +337,7 @@ def read_pairs(folder, size, modes):  # a split: A and B of one name, with their
     table, rows, points = folder / "landmarks.csv", [], None
     if table.exists():
         rows = read_landmarks(table, dict(zip(a, np.hstack([sides_a, sides_b]))))
-        points = torch.nn.utils.rnn.pad_sequence(rows, True, torch.nan) * torch.tensor(2 * size[::-1]) - 0.5
+        points = torch.nn.utils.rnn.pad_sequence(rows, True, np.nan) * torch.tensor(size[::-1]).tile(2) - 0.5
     say(folder, f"{len(A)} pairs, {sum(map(len, rows))} pairs of points", ("A", "B", "landmarks.csv"))
     return Pairs(A, B, None if points is None else points.float(), None)
 

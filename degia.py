@@ -7,9 +7,9 @@
     P_src     the prior of the class, N(gamma G_m(c), G_std(c)^2);  P_x the Gaussian of z = F(x) over images x
     min phase, eq. (5):  l = l_task(M(x), y) - log p_X(x, c)
     max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ] }
-What balances what: l_task is of order 1 (hands: .01), so -log p, thousands of nats, is divided by D; d and
-the feature distance are means per dimension. In (7), at deviations of 1, -log p / D gains half of the squared
-distance of z from its mean; alpha d takes back what the images share of it: too little below 1/2."""
+What balances what: l_task is of order 1 (hands: .01), -log p of order D, so it is divided by D; d and the
+feature distance are means per dimension. At std 1, -log p / D is half the mean square of z - mu: it drives
+the mean of z away from mu, and alpha d pulls it back, harder if alpha > 1/2, not hard enough below."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -55,7 +55,7 @@ class Residual(nn.Module):
     def forward(self, x):
         return torch.relu(self.f(x) + self.skip(x))
 
-def resnet(w):  # four stages of two basic blocks: ResNet-18
+def resnet(w):  # four stages of two basic blocks: those of ResNet-18
     layers = [conv_norm(3, w, stride=2), nn.ReLU()]
     for c_in, c_out in ((w, w), (w, 2 * w), (2 * w, 4 * w), (4 * w, 8 * w)):
         layers += [Residual(c_in, c_out, c_out // c_in), Residual(c_out, c_out, 1)]
@@ -115,9 +115,9 @@ def flow_view(x, F):  # what F sees of x, averaged down: so the ascent paints re
     return nnf.adaptive_avg_pool2d(x.float(), F.shape[1])
 
 def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
-    """Eq. (7), its bracket multiplied out, summed over images x of ONE class c (B,), as P_x and P_src are.
-    feature_src (B, K) is the template feature of x_src. u and shift, as in Flow.log_prob, must stay the same
-    during an ascent, or the objective would change under it; d is taken without the shift."""
+    """Eq. (7) summed over a batch of images x, ALL of one class c (B,): d compares their P_x with its P_src.
+    feature_src (B, K) is M(x_src). u and shift, as in Flow.log_prob, must stay the same during an ascent, or
+    the objective would change under it; mu in d is gamma G_m(c), without the shift."""
     output, feature = M(x)
     l_task = task_loss(output, y)
     feature_distance = (feature.float() - feature_src).square().mean(1)
@@ -127,11 +127,11 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
     log_p = F.prior.log_prob(z, c, shift) + log_det
     std = z.var(0, correction=0).add(1e-8).sqrt()  # the summand: finite gradient for a single image
     d = gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))
-    return (l_task - alpha * feature_distance - log_p / F.dim - alpha * d).sum()  # d: one number, B times
+    return (l_task - alpha * feature_distance - log_p / F.dim - alpha * d).sum()  # B times d, a scalar
 
 def ascend(x_src, objective, K, eta, blur):
-    """K steps x <- clamp(x + eta g / rms(g)) from x_src; g is d objective / dx after a blur x blur mean. eta,
-    a number or (B, 1, 1, 1), is thus in units of the image; a raw gradient changes nothing, or everything."""
+    """K steps x <- clamp(x + eta g / rms(g)) from x_src; g: the gradient, averaged over blur x blur windows.
+    So eta, a number or (B, 1, 1, 1), is the rms change of x; a raw g would change nothing, or everything."""
     x = x_src.detach()
     for _ in range(K):
         x.requires_grad_()

@@ -1,7 +1,6 @@
 """Measure a run, apply it to your own images, or repeat the papers' tables.
 
-    python eval.py runs/degia                            its numbers and pictures once more
-    python eval.py runs/mnist --unseen mnist_m           on domains that it has never seen
+    python eval.py runs/degia                            measured again, or on other --data, --unseen
     python eval.py runs/degia --images a.png b.png       a digit, or landmarks, each; runs/reg: A aligned to B
     python eval.py align a.png b.png                     A aligned to B, without a run or any training
     python eval.py tables reg --seeds 3                  the tables of a paper, row by row"""
@@ -84,7 +83,7 @@ def evaluate_degia(M, F, domains, folder):  # measures of M; F's bits per dim on
     save_grid(rows, folder / "domains.png", outputs)
     if F is None:
         return {"domains": results}
-    classes = torch.arange(len(F.poses), device=device).repeat_interleave(12)
+    classes = torch.arange(F.prior.G_m.num_embeddings, device=device).repeat_interleave(12)
     samples = F.sample(classes, torch.Generator(device).manual_seed(0)).split(12)
     save_grid({f"F, class {c}": images for c, images in enumerate(samples)}, folder / "flow.png")
     bits, gen = [], torch.Generator(device).manual_seed(0)
@@ -103,7 +102,7 @@ def picture_new_samples(x_src, pool, per_round, path):  # of each max round, bel
 @torch.no_grad()
 def landmark_errors(register, pairs, n=None):
     """Mean distances (7) in pixels, before and after phi = register(I_a, I_b), of all landmarks and those on
-    the plant; shares of the n pairs improved and of pixels folded. And phi, I_a, I_b of the last batch."""
+    the plant; percent of n pairs improved, share of pixels folded. Also phi, I_a, I_b of the last batch."""
     distances, folded = [], []
     for i in torch.arange(len(pairs.A))[:n].split(25):
         I_a, I_b = (2 * data.to_float(I[i].to(device)) - 1 for I in (pairs.A, pairs.B))
@@ -211,7 +210,7 @@ def tables(args):  # train what is missing of results/papers.csv; mean and devia
     if args.task == "reg" and "--data" in args.others:
         folder = Path(args.others[args.others.index("--data") + 1])
         if not any(folder.glob("t*/landmarks.csv")):
-            raise data.InputError(f"{folder}: no landmarks.csv to measure by; see README.md")
+            raise data.InputError(f"{folder}: no landmarks.csv to measure by; add one")
     for row in (r for r in rows if r["task"] == args.task and r["row"].startswith(tuple(args.rows))):
         runs = [*train_row(args, [args.task, *row["options"].split(), *args.others])]
         for measure in runs[0] if runs else ():
@@ -220,7 +219,7 @@ def tables(args):  # train what is missing of results/papers.csv; mean and devia
             lines.append(row | {"n": len(runs), "measure": measure, "mean": mean, "deviation": std})
             print(f"{row['row']}: {measure} {mean:.4g} ± {std:.2g}, n {len(runs)} ({row['paper']})")
     if not lines:
-        raise data.InputError(f"--rows {args.rows}: no row of {papers} begins so, or none ended; see above")
+        raise data.InputError(f"--rows {args.rows}: no row of {papers} begins so, or none ended; try another")
     write_csv(lines, args.out / f"{args.task}.csv")
 
 def train_row(args, options):  # {measure: number} of each seed; rows with equal options share their runs
@@ -238,7 +237,7 @@ def train_row(args, options):  # {measure: number} of each seed; rows with equal
             unseen = [[*found.values()][0] for found in results.get("domains", {}).values()][1:]
             yield measured | ({"unseen": np.mean(unseen)} if unseen else {})
 
-def exit_on_bad_input(main):  # what a user can mend becomes one line and exit code 2; our bugs do not
+def exit_on_bad_input(main):  # what a user or the system can mend: one line, exit code 2; not our bugs
     sys.stdout.reconfigure(errors="replace")  # of a terminal without ±
     try:
         main(sys.argv[1:])
@@ -246,13 +245,13 @@ def exit_on_bad_input(main):  # what a user can mend becomes one line and exit c
         message = " ".join(str(error).splitlines()[:2])
         if re.search("MemoryError|No space left|allocate memory|out of memory", repr(error)):
             message += "; make room on the disk, or choose a smaller size or --batch"
-        elif not isinstance(error, data.InputError):
+        elif not isinstance(error, (data.InputError, OSError)):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 def parse(argv):
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter, usage=SUPPRESS)
+    parser = ArgumentParser(None, SUPPRESS, __doc__, formatter_class=RawTextHelpFormatter, allow_abbrev=False)
     parser.add_argument("run", help="folder of a trained run, or: align A B, tables degia, tables reg")
     if argv[:1] == ["tables"]:
         parser.add_argument("task", choices=("degia", "reg"), help="whose; unknown options go to train.py")
@@ -276,7 +275,7 @@ def main(argv):
     args = parse(argv)
     if args.run == "tables":
         return tables(args)
-    if args.run == "align" and not args.data:
+    if args.run == "align" and (args.images or not args.data):
         return align_files(geomreg.optimise, args.images, args.out)
     if args.run == "align":
         pairs = data.read_pairs(Path(args.data, "test"), (96, 128), {"A": None, "B": None})

@@ -1,4 +1,4 @@
-"""The class-conditional normalizing flow F of DeGIA: an invertible map and a prior, eq. (2), (3), (8).
+"""The class-conditional normalizing flow F of DeGIA: an invertible map and a prior, eq. (2), (8).
 
     x     image (B, C, S, S) in [0, 1], S a multiple of 4
     u     dequantization noise (B, C, S, S), U[0, 1): y = (255 x + u) / 256 has a density, x has not
@@ -83,8 +83,8 @@ class AffineCoupling(nn.Module):
 class Prior(nn.Module):
     """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = gamma G_m(c) + lambda H_m(n), Sigma_c = diag(G_std(c)^2).
     G_m and G_std are tables, a row per class. H_m, a network of noise, moves the mean: p_Z covers more than
-    the images seen. Likelihood would undo that: shrink H_m to nothing, so its output is standardized; or
-    spread z until a shift no longer matters, so G_std is bounded."""
+    the images seen. Maximum likelihood would undo that: shrink H_m to nothing, so `shift` rescales it; or
+    make z so wide that a shift no longer matters, so `std` keeps G_std = exp(bounded log_G_std)."""
     def __init__(self, dim, classes, gamma=1.0, lam=0.1):
         super().__init__()
         self.gamma, self.lam = gamma, lam
@@ -98,11 +98,11 @@ class Prior(nn.Module):
     def mean(self, c):
         return self.gamma * self.G_m(c)  # (B, D), without the shift
 
-    def std(self, c):  # (B, D)
+    def std(self, c):  # G_std(c) (B, D): exp of the table log_G_std after bounding it to [-2, .5]
         return torch.exp(LOG_STD_MIDDLE + bounded(self.log_G_std(c) - LOG_STD_MIDDLE, LOG_STD_RADIUS))
 
     def shift(self, n):
-        """lambda H_m(n) (B, D), standardized over `probe`: over a batch, each would depend on all."""
+        """lambda H_m(n) (B, D), normalized by fixed noises, `probe`: a batch's own would mix its images."""
         with torch.autocast(n.device.type, enabled=False):
             h, probe = self.H_m(n), self.H_m(self.probe)
         centre = probe.mean(0)
@@ -132,8 +132,8 @@ class Flow(nn.Module):
         self.prior = Prior(self.dim, classes, gamma, lam)
 
     def forward(self, x, u, initialise=False):  # z = F(x) (B, D) and log |det dz/dy| (B,)
-        squeezed = EPS + (1 - 2 * EPS) * (255 * x + u) / 256  # of y
-        h = torch.logit(squeezed)
+        squeezed = EPS + (1 - 2 * EPS) * (255 * x + u) / 256  # y, squeezed into [EPS, 1 - EPS]
+        h = torch.logit(squeezed)  # dh/dy = (1 - 2 EPS) / (squeezed (1 - squeezed)): its log follows
         log_det = (math.log(1 - 2 * EPS) - torch.log(squeezed) - torch.log1p(-squeezed)).sum((1, 2, 3))
         parts = []
         for layers in self.levels:

@@ -6,8 +6,8 @@
     D         conditional patch discriminator: is this the B that belongs to I_a?
     O_RT = R_S(T(I_a), phi)   translate first
     O_TR = T(R_S(I_a, phi))   register first
-Both orders share one phi. Had T moved something, phi would have to undo it after T in one order, before T
-in the other: only a nearly constant phi does both. Where phi varies, T keeps geometry and R moves."""
+Both orders share one phi. If T moved things too, T's move and then phi would have to equal phi and then T's
+move: so it does where phi is constant (an offset of all!). Where phi varies, T keeps geometry, R moves."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -20,7 +20,7 @@ LEVELS = ((64, 1), (64, 2), (64, 3), (128, 3), (128, 4), (128, 6), (256, 8))  # 
 
 # ---------------------------------------------------------------- layers; w is a width
 def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
-    """A convolution that keeps the size, or divides it by the stride; Kaiming's weights, times scale."""
+    """A convolution; odd kernels keep the size, or divide it by stride. Kaiming's weights, times scale."""
     layer = nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=bias)
     nn.init.kaiming_normal_(layer.weight, a=SLOPE)
     layer.weight.data *= scale
@@ -48,7 +48,7 @@ class Residual(nn.Module):
         return x + self.f(x)
 
 def pad(I, multiple):
-    """I with its last row and column repeated until the sides are multiples; the networks crop again."""
+    """I, last row and column repeated to multiples, so large that no InstanceNorm sees a single pixel."""
     height, width = I.shape[2:]
     return nnf.pad(I, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
@@ -216,10 +216,10 @@ def unlikeness(a, b, phi):
 
 @torch.enable_grad()
 def optimise(I_a, I_b, start=None):
-    """The phi (B, 2, H, W) that minimizes unlikeness of MIND + 20 bending: (6) over phi itself, pair by pair,
-    where R is one function for all pairs. From 0, or from R's phi; images and fields get finer on the way.
+    """The phi (B, 2, H, W) of least unlikeness of MIND + 20 bending, by Adam over phi, pair by pair: no T, no
+    D. From 0, or from R's phi; each of LEVELS adds a `change` at more knots, on a finer image.
     A pair that matches hardly better than with B mirrored shows two scenes: it gets its start back."""
-    phi = start = torch.zeros(len(I_b), 2, *I_b.shape[2:], device=I_b.device) if start is None else start
+    phi = start = I_b.new_zeros(len(I_b), 2, *I_b.shape[2:]) if start is None else start
     for side, knots in LEVELS:
         a, b = descriptors(I_a, side), descriptors(I_b, side)
         coarser = warp.resize_field(phi, b.shape[2:])

@@ -147,7 +147,7 @@ def test_the_jacobian_finds_folds():  # of phi = A v, which mirrors between x = 
     same(warp.jacobian_determinant(phi), torch.tensor([[[1.11, 1.11, -0.69, 1.11]] * 5]), 1e-5)
 
 def test_a_single_pair_is_aligned_and_two_scenes_are_not():
-    """B is the negative of A, moved by a known field: no comparison of greys could find it."""
+    """B is the negative of A, moved by a known field: no difference of greys could find it."""
     I_a, field = data.make_plants(4, (96, 96), 1).A / 127.5 - 1, smooth_field(4, (96, 96), 0.04).float()
     I_b = -warp.resample(I_a, field, "border")
     phi = geomreg.optimise(I_a, I_b)
@@ -168,7 +168,7 @@ def test_embedded_plants_are_honestly_misaligned(seed):
         affine = A @ torch.linalg.lstsq(A, b).solution
         guesses = torch.stack([a, a + near @ (b_others - a_others), a + (b - a).mean(0), affine])
         errors.append((guesses - b).norm(dim=2).mean(1))
-    nothing, *left = torch.stack(errors).mean(0)
+    nothing, *left = torch.stack(errors).mean(0)  # by: the field of other scenes, own mean shift, own affine
     assert 5 <= nothing <= 7 and (torch.stack(left) > torch.tensor([0.95, 0.55, 0.35]) * nothing).all()
 
 IMAGES = np.array([0x803, 40, 28, 28], ">i4").tobytes() + (255 * rand(40, 28, 28)).byte().numpy().tobytes()

@@ -47,20 +47,20 @@ def train_degia(o, checkpoint):
         first = degia.flow_view(data.to_float(x_src[:512]), F)  # ActNorm sets itself from these
         F.initialise(first, torch.rand(first.shape, generator=generator(o, 0, FIRST), device=device))
     optimizer, scheduler = adam(groups, o, betas=(0.9, 0.999))
-    pool = {"x": x_src[:0], "source": c_src[:0]}  # new samples; the number of the training image of each
+    pool = {"x": x_src[:0], "source": torch.arange(0, device=device)}  # new samples grown from x_src[source]
     run = Run(o, checkpoint, pool, M=M, F=F, optimizer=optimizer, scheduler=scheduler)
-    max_steps = [o.steps * i // (o.rounds + 2) for i in range(1, o.rounds + 1)]  # two parts only learn
+    max_steps = [o.steps * i // (o.rounds + 2) for i in range(1, o.rounds + 1)]  # first part: no phase yet
 
     for step in range(run.step, o.steps):
-        # ---- maximization, eq. (7): ORIGINALS climb to what M gets wrong and F finds unlikely, d and M near
+        # ---- maximization, eq. (7): from ORIGINALS, climb to a higher loss l; alpha holds d and M(x) back
         if step in max_steps and o.method != "pure":
-            n = max(1, round(o.beta * len(x_src)))
-            picked = torch.randperm(len(x_src), generator=generator(o, step, PICKED), device=device)[:n]
+            count = max(1, round(o.beta * len(x_src)))
+            picked = torch.randperm(len(x_src), generator=generator(o, step, PICKED), device=device)[:count]
             new = new_samples(o, step, M, F, x_src[picked], y_src[picked], c_src[picked])
             pool["x"] = torch.cat([pool["x"], new])
             pool["source"] = torch.cat([pool["source"], picked])
-            run.saved = 0  # `log` saves when this step ends: saved here, a resumed run would repeat the phase
-            evaluation.picture_new_samples(x_src, pool, n, run.folder / "new_samples.png")
+            run.saved = 0  # so `log` saves after this step; a save here would make --resume repeat the phase
+            evaluation.picture_new_samples(x_src, pool, count, run.folder / "new_samples.png")
 
         # ---- a batch of originals and, once there are any, new samples, with the labels of their source
         random = {"generator": generator(o, step, BATCH), "device": device}  # each draw moves it on
@@ -79,7 +79,7 @@ def train_degia(o, checkpoint):
             n = torch.randn(o.batch, NOISE_DIM, **random)  # shifts the prior, eq. (8)
             with autocast():
                 log_p = F.log_prob(degia.flow_view(x, F), c_src[source], u, F.prior.shift(n)).mean()
-            loss = loss - log_p / F.dim  # per dimension, as in (7), where the two compete; here they do not
+            loss = loss - log_p / F.dim  # the / D matters in (7) alone: here M and F get separate gradients
             losses["bits_per_dim"] = bits_per_dim(log_p, F.dim)
         optimizer.zero_grad()
         loss.backward()
@@ -91,7 +91,7 @@ def train_degia(o, checkpoint):
     run.finish(lambda: evaluation.evaluate_degia(M, F, domains, run.folder))
 
 def new_samples(o, step, M, F, x_src, y_src, c_src):
-    """The max phase: K steps of ascent on (7) from each image; class by class, as d compares classes."""
+    """The max phase: K steps of ascent on (7) from each image; by class, as d is of a class and its prior."""
     random = {"generator": generator(o, step, ASCENT), "device": device}
     eta = o.eta * torch.rand(len(x_src), 1, 1, 1, **random)  # some stay near, some go far
     u = torch.rand(len(x_src), *(F.shape if F is not None else ()), **random)
@@ -149,14 +149,14 @@ def train_reg(o, checkpoint):
                 losses["gan"] = sum(geomreg.adversarial(D(I_a, O), real=True) for O in fakes)
 
         # ---- min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
-        scales = 1 if o.match == "l1" else 4 if step < 0.2 * o.steps else 2  # L1: as in (4); else far first
+        scales = 1 if o.match == "l1" else 4 if step < 0.2 * o.steps else 2  # l1: the paper's; 4: far first
         losses["recon"] = sum(geomreg.distance(o.match, O, I_b, o.window, scales) for O in fakes)  # (4)
         losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
-        if o.practice > 0:  # else a D that is sure, early on, now and then drives R away for good
+        if o.practice > 0:  # without it D is at times sure early, and R, driven away by it, never comes back
             losses["practice"] = practice(R, I_a, T_a, gen)
-        stiffness = o.smooth * min(1.0, 0.1 + 3 * step / o.steps)  # a field that is stiff at once never moves
-        pull = o.recon * 2 / len(fakes)  # one order, and R alone too, counts twice
-        weights = {"gan": o.adversarial, "recon": pull, "smooth": stiffness, "practice": o.practice}
+        lambda_S = o.smooth * min(1.0, 0.1 + 3 * step / o.steps)  # rises: a field stiff at once never moves
+        lambda_R = o.recon * 2 / len(fakes)  # (4) has two terms; a single one (--order, R alone) counts twice
+        weights = {"gan": o.adversarial, "recon": lambda_R, "smooth": lambda_S, "practice": o.practice}
         terms = {name: weight * losses[name] for name, weight in weights.items() if name in losses}
         opt_RT.zero_grad()
         if o.gan != "both" and "gan" in terms:  # table 2: the adversarial loss trains one of the two alone
@@ -189,8 +189,8 @@ class Run:
         self.step, self.began = checkpoint["step"], time.time() - checkpoint["seconds"]
         with data.blaming(f"{o.out}: no access, or another process works there", "wait, or choose another"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = sqlite3.connect(self.folder / "lock", timeout=0)  # free when we end, or are killed
-            self.lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")
+            self.lock = sqlite3.connect(self.folder / "lock", timeout=0)  # used as a file lock alone:
+            self.lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")  # free if we are killed
         if o.resume:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint["state"][name])
@@ -217,8 +217,8 @@ class Run:
         """End a step; now and then, or to save, check and log the losses: only then we wait for a GPU."""
         self.step += 1
         self.recent.append(torch.stack([loss.detach().float() for loss in losses.values()]))
-        last = self.step == self.o.steps
-        if self.step % max(1, min(50, self.o.steps // 100)) and self.saved and not last:
+        due = self.step % max(1, min(50, self.o.steps // 100)) == 0 or self.saved == 0  # 0: after a max phase
+        if not due and self.step < self.o.steps:
             return
         values, self.recent = torch.stack(self.recent).cpu(), []
         if not values.isfinite().all():
@@ -232,7 +232,7 @@ class Run:
         shown = "  ".join(f"{name} {mean:8.4f}" for name, mean in means.items())
         left = seconds * (self.o.steps / self.step - 1)
         print(f"{self.step:6d}/{self.o.steps}  {shown}  {seconds:6.0f} s  {left:6.0f} s left", flush=True)
-        if last or time.time() - self.saved > 60:
+        if self.step == self.o.steps or time.time() - self.saved > 60:
             self.save()
 
     def finish(self, measure):
@@ -241,6 +241,7 @@ class Run:
         evaluation.print_table(results)
         print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and pictures", flush=True)
         self.lock.close()
+        (self.folder / "lock").unlink()
 
 # ---------------------------------------------------------------- options
 # What --task hands changes; --paper: the papers' values, unstated sizes ours. Explicit options win over both.
@@ -268,7 +269,7 @@ def parse(argv):  # the options o, and the names of those that were given
         add = programs.add_parser(name, formatter_class=show, usage=quiet, allow_abbrev=False).add_argument
         add("--out", default=f"runs/{name}", help="run folder; runs/hands for hands")
         add("--data", default="embedded", help="or a folder of files, as the README lays it out")
-        add("--train", type=count, help="images or embedded pairs; None: 10,000, hands 3,000 or a folder")
+        add("--train", type=count, help="images or drawn pairs; None: the first 10,000; hands: 3,000")
         add("--steps", type=count, help="training steps")
         add("--batch", type=count, help="images, or pairs, per step")
         add("--lr", type=weight, help="learning rate; linear to 0 over the second half")
@@ -295,7 +296,7 @@ def parse(argv):  # the options o, and the names of those that were given
     programs.choices["reg"].set_defaults(task="reg", unseen=[], train=3000, steps=1600, batch=16, lr=3e-3)
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
-    add("--rig", action="store_true", help="plants seen by two cameras on a rig: always the same offset")
+    add("--rig", action="store_true", help="plants seen by two cameras on a rig: mostly one offset")
     add("--width", type=number(int, 8), default=64, help="of the images that the networks see")
     add("--height", type=number(int, 8), default=64, help="of these images")
     add("--registration", choices=("pyramid", "unet"), default="pyramid", help="R; the paper's: unet")
@@ -330,7 +331,7 @@ def check_folder(o):
     """A run begins in a folder that is new or empty, and never among the data: nothing can be overwritten."""
     folder = Path(o.out).resolve()
     with data.blaming(f"--out {o.out!r}: no folder for a new run", "choose another, or --resume a run"):
-        for path in (Path(name).resolve() for name in (o.data, *o.unseen)):
+        for path in (Path(name).resolve() for name in {o.data, *o.unseen} - {"embedded"}):
             if folder.is_relative_to(path) or path.is_relative_to(folder):
                 raise ValueError(f"it holds the data {path}, or lies in it")
         if folder.exists() and any(folder.iterdir()):
