@@ -214,7 +214,7 @@ def stretch(pixels):  # deep ones as 8 bits, from the .5 to the 99.5 percentile 
 
 def open_image(path, mode="RGB"):
     """The file, upright, on black, 8 bits deep: "RGB", "L" (grey) or, with mode None, whichever it is."""
-    with blaming(f"{path}: not a readable image", "save as one 8-bit RGB or grey"), open(path, "rb") as file:
+    with blaming(f"{path}: not a readable image", "give an 8-bit RGB or grey one"), open(path, "rb") as file:
         image = Image.open(file, formats=("PNG", "JPEG", "BMP", "TIFF", "WEBP"))
         stored = str(image.tile)
         tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits, 262 is 0 if white is
@@ -251,7 +251,7 @@ def list_images(folder):  # {stem: path}, sorted; names that begin with a dot ar
     files = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     found = {normalize("NFC", path.stem): path for path in files}
     if not files or len(found) < len(files):
-        raise InputError(f"{folder}: no such folder, or no image in it, or two of one name; correct it")
+        raise InputError(f"{folder}: no such folder, no image, or two of one name; correct it, or --data")
     say(folder, f"{len(files)} images", [path.name for path in files])
     return found
 
@@ -288,9 +288,8 @@ def load_mnist(folder, split, size):  # images (N, 1, size, size) in [0, 1], lab
                 raise ValueError("not an IDX file of bytes")
             arrays.append(np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape))
     x, y = map(torch.tensor, arrays)
-    top = max(y.tolist(), default=10)
-    if len(x) != len(y) or top > 9:
-        raise InputError(f"{folder}: {len(x)} images, {len(y)} labels up to {top}, not digits; fetch again")
+    if len(x) != len(y) or max(y.tolist(), default=10) > 9:
+        raise InputError(f"{folder}: {len(x)} images, {len(y)} labels, or some are no digits; fetch it again")
     return nnf.interpolate(x[:, None] / 255, (size, size), mode="bilinear", antialias=True), y.long()
 
 def load_mnist_m(folder, size):  # images (N, 3, size, size), labels of a split: NAME/ and NAME_labels.txt

@@ -134,14 +134,18 @@ def picture_pairs(phi, I_a, I_b, path):  # figure 4, a column for each of up to 
     moved = warp.resample(I_a, phi, "border")
     places = warp.pixel_grid(*phi.shape[2:], like=phi) + phi
     lines = (places % max(4, phi.shape[3] // 8) < 1.4).any(1, keepdim=True).float()
-    save_grid({"A": I_a / 2 + 0.5, "B": I_b / 2 + 0.5, "A registered": moved / 2 + 0.5,
-               f"up to {warp.norm(phi).max():.1f} px": 1 - lines,
-               "edges of A on B": overlay(I_b, I_a), "after": overlay(I_b, moved)}, path)
+    rows = {"A": I_a / 2 + 0.5, "B": I_b / 2 + 0.5, "edges": overlay(I_a, I_b), "registered": moved / 2 + 0.5,
+            f"field, {warp.norm(phi).max() / phi.shape[3]:.0%}": 1 - lines, "after": overlay(moved, I_b)}
+    if len(phi) == 1:
+        pictures = [images.expand(-1, 3, -1, -1) for images in rows.values()]
+        rows = {"before": torch.cat(pictures[:3]), "after": torch.cat(pictures[3:])}
+    save_grid(rows, path)
 
-def overlay(I, outline):  # I in grey, with the strongest edges of another image in red
-    edge = geomreg.edges(outline) + 1
-    edge = (edge / edge.flatten(1).quantile(0.9, 1).clamp_min(1e-6).view(-1, 1, 1, 1) - 0.7).clamp(0, 1)
-    return I.mean(1, keepdim=True) / 4 + 0.5 + torch.cat([edge, -edge, -edge], dim=1)
+def overlay(I, J):  # edges, of I in red and of J in cyan: white where they meet
+    edge = torch.cat([geomreg.edges(I), geomreg.edges(J)]) + 1
+    strong = edge.flatten(1).quantile(0.95, 1).clamp_min(1e-6).view(-1, 1, 1, 1)
+    red, cyan = (edge / strong).clamp(0, 1).chunk(2)
+    return torch.cat([red, cyan, cyan], dim=1)
 
 def print_table(results):  # of a results.json: a line per domain or set of pairs
     about = "task method backbone order similarity seed steps seconds bits_per_dim folding folding_refined"
@@ -150,10 +154,10 @@ def print_table(results):  # of a results.json: a line per domain or set of pair
         if isinstance(numbers, dict):
             print(f"  {name:17s}", *(f"{k} {v:8.5f}" for k, v in numbers.items() if v is not None), sep="  ")
 
-def load_checkpoint(folder, program=None):  # on the CPU; it must be of this version and of this program
+def load_checkpoint(folder, program=None):  # it must be of this version and of this program
     path = Path(folder) / "checkpoint.pt"
-    with data.blaming(f"{path}: no such checkpoint of this version", "train again, or choose another --out"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    with data.blaming(f"{path}: no such checkpoint of this version", "train first, or name another run"):
+        content = torch.load(path, map_location=device, weights_only=True)
         if content["format"] != FORMAT or program not in (None, content["config"]["program"]):
             raise ValueError(f"{content['format']}, train.py {content['config']['program']}")
     return content
@@ -172,16 +176,17 @@ def read_files(o, M, files, folder):  # print the digits, or write the landmarks
     write_csv(rows, f"{name}_landmarks.csv")
     print(f"written: {name}.png, {name}_landmarks.csv")
 
-def align_files(register, pair, folder, size=None, modes=(None, None)):
+def align_files(register, pair, folder, modes=(None, None)):
     """Write A, as it is stored, at the size of B; the field, in pixels of B; and a picture to judge it by."""
     if len(pair) != 2:
-        raise data.InputError(f"a registration takes two files, A and B of a pair, not {len(pair)}; name two")
+        raise data.InputError(f"registration takes two files, A and B of a pair, not {len(pair)}; name two")
     A, B = map(data.open_image, pair, modes)
-    size = size or [max(1, round(256 * side / max(256, *B.size))) for side in B.size[::-1]]  # enough for phi
+    size = [max(1, round(256 * side / max(256, *B.size))) for side in B.size[::-1]]  # enough for phi
     small = (data.to_tensor(picture.resize(size[::-1], Image.BILINEAR)) for picture in (A, B))
     I_a, I_b = (2 * data.to_float(I[None].to(device)) - 1 for I in small)
     phi = autocast()(register)(I_a, I_b)
     gain = 1 - (geomreg.image_unlikeness(I_a, I_b, phi) / geomreg.image_unlikeness(I_a, I_b, 0 * phi)).item()
+    phi = phi * (gain > 0.005)
     print(f"they match {gain:.0%} better than before" if gain > 0.005 else "no better match was found")
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -286,10 +291,11 @@ def main(argv):
         modes = checkpoint["extra"]
         R, _, _ = geomreg.build(o, len(modes["A"]), len(modes["B"]))  # "RGB" has three channels, "L" one
         R.to(device, memory_format=torch.channels_last).load_state_dict(checkpoint["state"]["R"])
-        def refined(I_a, I_b):  # R's phi, and then the pair's own
-            return geomreg.optimise(I_a, I_b, R(I_a, I_b))
+        def refined(I_a, I_b):  # R's phi, at the size that R knows, and then the pair's own
+            small = (torch.nn.functional.interpolate(I, (o.height, o.width), mode="area") for I in (I_a, I_b))
+            return geomreg.optimise(I_a, I_b, warp.resize_field(R(*small), I_b.shape[2:]))
         if args.images:
-            return align_files(refined, args.images, folder, (o.height, o.width), modes.values())
+            return align_files(refined, args.images, folder, modes.values())
         pairs, _ = data.load_pairs(o, modes)
         measured = evaluate_reg(R, pairs, folder)
         if args.refine:

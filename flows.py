@@ -21,13 +21,14 @@ def bounded(x, bound):  # smoothly within [-bound, bound]: a clamp would have no
     return bound * torch.tanh(x / bound)
 
 class ActNorm(nn.Module):
-    """y = exp(log_scale) (x - shift), per channel: `Flow.initialise` gives y mean 0 and deviation 1."""
+    """y = exp(log_scale) (x - shift), per channel: `initialise` gives y mean 0 and deviation 1."""
     def __init__(self, channels):
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.register_buffer("is_set", torch.tensor(False))  # a buffer: a reloaded layer stays as it is
 
+    @torch.no_grad()
     def initialise(self, x):
         if not self.is_set:
             self.shift.copy_(x.mean((0, 2, 3), keepdim=True))
@@ -131,7 +132,7 @@ class Flow(nn.Module):
             self.latent_shapes.append((channels, size, size))
         self.prior = Prior(self.dim, classes, gamma, lam)
 
-    def forward(self, x, u, initialise=False):  # z = F(x) (B, D) and log |det dz/dy| (B,)
+    def forward(self, x, u, initialise=False):  # z = F(x) (B, D), log |det dz/dy| (B,); first, sets ActNorms
         squeezed = EPS + (1 - 2 * EPS) * (255 * x + u) / 256  # y, squeezed into [EPS, 1 - EPS]
         h = torch.logit(squeezed)  # dh/dy = (1 - 2 EPS) / (squeezed (1 - squeezed)): its log follows
         log_det = (math.log(1 - 2 * EPS) - torch.log(squeezed) - torch.log1p(-squeezed)).sum((1, 2, 3))
@@ -160,10 +161,6 @@ class Flow(nn.Module):
                     h = layer.inverse(h)
                 h = nn.functional.pixel_shuffle(h, 2)
         return (torch.sigmoid(h) - EPS) / (1 - 2 * EPS)
-
-    @torch.no_grad()
-    def initialise(self, x, u):  # each ActNorm not set yet, from this batch as it arrives there
-        self(x, u, initialise=True)
 
     def log_prob(self, x, c, u, shift=0.0):
         """log p(y | c), eq. (2): (B,) nats of the dequantized image y."""

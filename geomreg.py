@@ -241,7 +241,6 @@ def image_unlikeness(I_a, I_b, phi):  # of two images, at one size for all, so t
     return unlikeness(a, b, warp.resize_field(phi, b.shape[2:]))
 
 @torch.no_grad()
-def is_match(I_a, I_b, phi, start):  # (B,): better than `start`, and 12 % better than by chance
-    mirrored = [I_b.flip(sides) for sides in ((2,), (3,), (2, 3))]  # as much structure, nothing of A
-    chance = torch.stack([image_unlikeness(I_a, other, phi) for other in mirrored]).amin(0)
+def is_match(I_a, I_b, phi, start):  # (B,): better than `start`, 12 % better than with B mirrored: chance
+    chance = torch.stack([image_unlikeness(I_a, I_b.flip(s), phi) for s in ((2,), (3,), (2, 3))]).amin(0)
     return image_unlikeness(I_a, I_b, phi) < torch.minimum(image_unlikeness(I_a, I_b, start), 0.88 * chance)

@@ -57,12 +57,13 @@ def test_the_flow_is_inverted_and_its_log_determinant_is_the_jacobians(channels,
 
 def test_actnorm_normalizes_the_first_batch_and_no_other():
     """A flag that checkpoints forget would set it anew after a reload, and change a trained density."""
-    F, reloaded, (x, u) = random_flow(), random_flow(), rand(2, 64, 3, 4, 4)
-    F.initialise(x, u)
+    F, reloaded = random_flow(), random_flow()
+    x, u = rand(2, 64, 3, 4, 4)
+    F(x, u, initialise=True)
     h, _ = F.levels[0][0](nnf.pixel_unshuffle(torch.logit(0.05 + 0.9 * (255 * x + u) / 256), 2))
     assert h.mean((0, 2, 3)).abs().max() < 1e-6 and (h.std((0, 2, 3)) - 1).abs().max() < 1e-2
     reloaded.load_state_dict(F.state_dict())
-    reloaded.initialise(0.1 * x, u)
+    reloaded(0.1 * x, u, initialise=True)
     same(reloaded(x, u), F(x, u))
 
 def test_the_prior_is_eq_8_and_its_noise_cannot_be_learned_away():
@@ -112,11 +113,11 @@ def test_networks_of_registration_take_any_size(words, size):
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 5), (33, 20)])
 def test_the_resampler_does_what_eq_1_says(size):
-    """Zero is the identity, channel 0 is x, the sign is (1)'s; a pointwise T commutes, as dual flow needs."""
-    I, phi, T = rand(2, 3, *size), smooth_field(2, size), torch.nn.Conv2d(3, 1, 1, bias=False).double()
+    """Zero is the identity, channel 0 is x, channel 1 y, and the sign is that of (1)."""
+    I, phi = rand(2, 3, *size), smooth_field(2, size)
     same(warp.resample(I, 0 * phi), I, 1e-9)
-    same(warp.resample(I, 0 * phi + torch.tensor([1, 0]).view(2, 1, 1))[..., :-1], I[..., 1:], 1e-9)
-    same(T(warp.resample(I, phi)), warp.resample(T(I), phi), 1e-9)
+    same(warp.resample(I, warp.scaled(0 * phi + 1, 1, 0))[..., :-1], I[..., 1:], 1e-9)
+    same(warp.resample(I, warp.scaled(0 * phi + 1, 0, 1))[:, :, :-1], I[:, :, 1:], 1e-9)
 
 def test_points_go_where_the_resampler_shows_them():
     """A dot is seen where `warp_points` says, at any scale, and where phi stretches with a slope above 1."""
@@ -126,7 +127,7 @@ def test_points_go_where_the_resampler_shows_them():
     same(q[0], (seen * v).sum((2, 3)) / seen.sum(), 0.1)
     assert (q - p).abs().max() > 0.4
     same((warp.warp_points(2 * p + 0.5, warp.resize_field(phi, (80, 100))) - 0.5) / 2, q, 2e-2)
-    steep = (v - 33) * torch.tensor([1.1, 0]).view(1, 2, 1, 1)  # q + 1.1 (q - 33) = 36
+    steep = warp.scaled(v - 33, 1.1, 0)  # q + 1.1 (q - 33) = 36
     same(warp.warp_points(p + 15, steep)[..., 0], torch.tensor([[72.3 / 2.1]]).double(), 1e-6)
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
@@ -229,8 +230,7 @@ def test_a_run_has_a_folder_of_its_own(tmp_path):
         pytest.raises(data.InputError, run, wrong, out).match(message)
     (mine / "train/A/a0.png").write_bytes(LABELS)
     pytest.raises(data.InputError, run, "reg --resume", out).match("not those of the run")
-    user_folder(tmp_path / "moved")
-    run(f"reg --resume --data {tmp_path / 'moved'}", out)
+    run(f"reg --resume --data {user_folder(tmp_path / 'moved')}", out)
     _other = sqlite3.connect(out / "lock").execute("BEGIN EXCLUSIVE")
     pytest.raises(data.InputError, run, "reg --resume", out).match("another process")
 

@@ -45,7 +45,7 @@ def train_degia(o, checkpoint):
     if F is not None:
         groups.append({"params": F.to(device).parameters(), "lr": o.flow_lr})
         first = degia.flow_view(data.to_float(x_src[:512]), F)  # ActNorm sets itself from these
-        F.initialise(first, torch.rand(first.shape, generator=generator(o, 0, FIRST), device=device))
+        F(first, torch.rand(first.shape, generator=generator(o, 0, FIRST), device=device), initialise=True)
     optimizer, scheduler = adam(groups, o, betas=(0.9, 0.999))
     pool = {"x": x_src[:0], "source": torch.arange(0, device=device)}  # new samples grown from x_src[source]
     run = Run(o, checkpoint, pool, M=M, F=F, optimizer=optimizer, scheduler=scheduler)
@@ -194,8 +194,7 @@ class Run:
         if o.resume:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint["state"][name])
-            for name, value in checkpoint["extra"].items():
-                extra[name] = value.to(device) if torch.is_tensor(value) else value
+            extra.update(checkpoint["extra"])
         self.save()
 
     def save(self):
