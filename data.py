@@ -279,9 +279,9 @@ def read_landmarks(table, sides):
 def load_mnist(folder, split, size):  # images (N, 1, size, size) in [0, 1], labels (N,); plain or .gz
     arrays = []
     for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
-        path = Path(folder, f"{split}-{kind}-ubyte")
-        path = path if path.exists() else path.with_name(f"{path.name}.gz")
-        with blaming(f"{path}: damaged or missing", "correct --data, fetch it again, or add --task hands"):
+        name = f"{split}-{kind}-ubyte"
+        with blaming(f"{folder}/{name}: damaged or missing", "correct --data, or fetch it again"):
+            path = min(Path(folder).glob(f"{name}*"))  # itself, or .gz
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             magic, *shape = np.frombuffer(content, ">i4", 1 + dimensions)
             if magic != 0x800 + dimensions:
@@ -347,8 +347,7 @@ def load_pairs(o, modes=None):
         train = make_plants(o.train, size, 2 * o.seed, o.modality, o.rig)
         test = make_plants(100, size, TEST_SEED, o.modality, o.rig)
         return {"train": train, "test": test}, {"A": "RGB", "B": "L"}
-    folder = Path(o.data)
-    train = read_pairs(folder / "train", size, modes or {"A": None, "B": None})
+    train = read_pairs(Path(o.data, "train"), size, modes or {"A": None, "B": None})
     modes = {side: "RGB" if images.shape[1] == 3 else "L" for side, images in zip("AB", train)}
-    test = read_pairs(folder / "test", size, modes) if (folder / "test").is_dir() else train
+    test = read_pairs(Path(o.data, "test"), size, modes) if Path(o.data, "test").is_dir() else train
     return {"train": train, "test": test}, modes

@@ -2,8 +2,7 @@
 
     python eval.py runs/degia                            measured again, or on other --data, --unseen
     python eval.py runs/degia --images a.png b.png       a digit, or landmarks, each; runs/reg: A aligned to B
-    python eval.py align a.png b.png                     A aligned to B, without a run or any training
-    python eval.py tables reg --seeds 3                  the tables of a paper, row by row"""
+    python eval.py align a.png b.png                     A aligned to B, without a run or any training"""
 import csv
 import json
 import re

@@ -16,7 +16,7 @@ import warp
 
 SLOPE = 0.2  # of all leaky ReLUs, and in Kaiming's initial weights
 MEASURES = ("l1", "correlation", "ncc", "ncc-edges", "ssim-edges", "mind")
-LEVELS = ((64, 1), (64, 2), (64, 3), (128, 3), (128, 4), (128, 6), (256, 8))  # of `optimise`: side, knots
+LEVELS = ((64, 2), (64, 3), (128, 3), (128, 4), (128, 6), (256, 8))  # of `optimise`: longest side, knots
 
 # ---------------------------------------------------------------- layers; w is a width
 def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
@@ -223,6 +223,10 @@ def optimise(I_a, I_b, start=None):
     for side, knots in LEVELS:
         a, b = descriptors(I_a, side), descriptors(I_b, side)
         coarser = warp.resize_field(phi, b.shape[2:])
+        if phi is start:  # the first level: from there, or from the best of 169 translations
+            fields = [warp.scaled(0 * coarser + 1, i % 13 - 6, i // 13 - 6) for i in range(169)] + [coarser]
+            best = torch.stack([unlikeness(a, b, field) for field in fields]).argmin(0)
+            coarser = torch.stack(fields)[best, torch.arange(len(best))]
         change = torch.zeros(len(b), 2, knots, knots, device=b.device, requires_grad=True)
         optimizer = torch.optim.Adam([change], lr=0.5)  # pixels
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.88)  # to .02 in 25 steps
