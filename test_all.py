@@ -261,7 +261,7 @@ def test_short_runs_learn_and_a_rate_far_too_high_costs_no_checkpoint(tmp_path):
     _, digits = run("degia --method pure --train 999 --steps 130 --size 16 --lr 1e-3", tmp_path / "d")
     _, pairs = run("reg --train 100 --steps 80 --adversarial 0 --width 32 --height 32", tmp_path / "r")
     assert digits["domains"]["source"]["accuracy"] > 80 and "bits_per_dim" not in digits
-    assert pairs["registered"]["scene"] < 0.9 * pairs["unregistered"]["scene"]
+    assert pairs["registered"]["scene"] < 0.88 * pairs["unregistered"]["scene"]
     pytest.raises(data.InputError, run, f"{DEGIA} --steps 8 --lr 1e9", tmp_path / "n").match("step .*nan")
     assert evaluation.load_checkpoint(tmp_path / "n")["step"] == 0
 
