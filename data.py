@@ -279,9 +279,9 @@ def read_landmarks(table, sides):
 def load_mnist(folder, split, size):  # images (N, 1, size, size) in [0, 1], labels (N,); plain or .gz
     arrays = []
     for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
-        name = f"{split}-{kind}-ubyte"
-        with blaming(f"{folder}/{name}: damaged or missing", "correct --data, or fetch it again"):
-            path = min(Path(folder).glob(f"{name}*"))  # itself, or .gz
+        path = Path(folder, f"{split}-{kind}-ubyte")
+        path = path if path.exists() else path.with_name(f"{path.name}.gz")
+        with blaming(f"{path}: damaged or missing", "correct --data, fetch it again, or add --task hands"):
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             magic, *shape = np.frombuffer(content, ">i4", 1 + dimensions)
             if magic != 0x800 + dimensions:

@@ -344,9 +344,9 @@ def fingerprint(o):  # of the user's files: how many, and a checksum of their na
 def main(argv):
     """Begin a run, or go on with one, with its own options; its data may have moved, but not changed."""
     o, given = parse(argv)
-    o.files = fingerprint(o)
     if not o.resume:
         check_folder(o)
+        o.files = fingerprint(o)
         checkpoint = {"step": 0, "seconds": 0, "log": []}
     else:
         checkpoint = evaluation.load_checkpoint(o.out, o.program)
