@@ -43,7 +43,7 @@ def scaled(phi, x, y):  # its two channels, multiplied by numbers: a tensor of t
 def smoothness(phi, O_s, alpha):
     """L_smooth, eq. (2): mean over v of the sum over its 8 neighbours u of B(u, v) ||phi(u) - phi(v)||.
     B lets phi bend where O_s (n, C, H, W) has an edge. O_s is a constant here: R could otherwise lower this
-    loss by putting edges into the image. phi counts in half-sides, so that of neighbours differs by ~ 1/W:"""
+    loss by putting edges into the image. phi counts in half-sides: neighbours differ in it by about 1/W."""
     height, width = phi.shape[2:]
     phi = scaled(phi, 2 / max(width - 1, 1), 2 / max(height - 1, 1))
     total = 0.0
