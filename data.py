@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 import warp
 
+HAND_COLUMNS = [f"{axis}{i}" for i in range(17) for axis in "xy"]  # of landmarks.csv
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 Image.MAX_IMAGE_PIXELS = None  # `open_image` has the same limit, but Pillow calls a larger one an attack
 TEST_SEED = 999_003  # the digits, hands and scenes that are measured are the same for every --seed
@@ -26,7 +27,7 @@ KNUCKLES = np.array([[-30, -10, 11, 30, -40], [-96, -100, -95, -84, -34]]).T / 1
 BONES = np.array([[46, 52, 48, 37, 36], [28, 32, 30, 22, 34], [22, 23, 23, 20, 24]]).T / 100
 DIRECTIONS = (-0.14, -0.03, 0.08, 0.20, -0.65)  # radians from upwards
 Thing = namedtuple("Thing", "points depth rgb warmth salient")  # outline, two ends of a mark; depth 1: near
-Pairs = namedtuple("Pairs", "A B points salient")  # the last two are None where there are no landmarks
+Pairs = namedtuple("Pairs", "A B points salient")  # landmarks (N, P, 4); which are on the plant, or None
 POT = np.array([[-30, 0, 30, 24, 18, -18, -24, 15, -9], [0, 0, 0, 24, 48, 48, 24, 0, 24]]).T / 200
 STONE = np.array([[cos(a), sin(a)] for a in np.arange(12) * pi / 6] + [[0.5, 0], [-0.5, 0]])
 
@@ -79,7 +80,7 @@ def apply_look(look, x, seed):  # digits x (B, 1, S, S) in [0, 1] as a domain sh
     elif look == "paint":  # a bright colour on a calm, darker ground
         ink, ground = torch.rand(2, len(x), 3, 1, 1, generator=gen)
         x = torch.lerp(0.3 * scene + 0.4 * ground, 0.6 + 0.4 * ink, x)
-    elif look == "chalk":  # gaps, smears and grain
+    else:  # chalk: gaps, smears and grain
         grain, gaps = torch.rand(2, *x.shape, generator=gen)
         x = nnf.avg_pool2d(x * (gaps > 0.4) + 0.5 * scene, 3, stride=1, padding=1) + 0.2 * grain - 0.1
     return to_uint8(x)
@@ -209,7 +210,7 @@ def stretch(pixels):  # deep ones as 8 bits, from the .5 to the 99.5 percentile 
     low, high = np.percentile(pixels[inside], (0.5, 99.5)) if inside.any() else (0, 1)
     if low == high:  # a few bright spots
         low, high = pixels[inside].min(), pixels[inside].max()
-    levels = 1 + 254 * ((pixels - low) / max(high - low, 1e-30)).clip(0, 1)
+    levels = np.interp(pixels, (low, high), (1, 255))  # if all that counts is of one value, 255
     return Image.fromarray(np.where(inside, levels.round(), 0).astype(np.uint8))
 
 def open_image(path, mode="RGB"):
@@ -245,7 +246,7 @@ def read_images(files, size, mode="RGB"):  # uint8 (N, C, H, W) of size (H, W); 
 
 def say(folder, found, used):  # what was found in a folder, and what else lies there
     others = [path.name for path in sorted(folder.glob("[!.]*")) if path.name not in (*used, "Thumbs.db")]
-    print(f"{folder}: {found}; passed over: {', '.join(others[:9]) or 'nothing'}", flush=True)
+    print(f"{folder}: {found}; passed over: {', '.join(others[:9]) or 'nothing'}")
 
 def list_images(folder):  # {stem: path}, sorted; names that begin with a dot are some system's own
     files = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -255,23 +256,23 @@ def list_images(folder):  # {stem: path}, sorted; names that begin with a dot ar
     say(folder, f"{len(files)} images", [path.name for path in files])
     return found
 
-def read_landmarks(table, sides):
-    """A list of (n, 4), a pair each: xa,ya,xb,yb of the csv in shares of sides[stem] = (wa, ha, wb, hb)."""
+def read_landmarks(table, columns, sides):
+    """A list of (n, K), an image each: its lines of the csv, K columns in shares of sides[stem] (K,)."""
     rows = {stem: [] for stem in sides}
     with blaming(f"{table}: not a readable table", "correct it as README.md says"):
         lines = list(csv.reader(table.read_text("utf-8-sig", "replace").splitlines(), skipinitialspace=True))
-        if lines[:1] != [["name", "xa", "ya", "xb", "yb"]]:
-            raise ValueError("its first line must be name,xa,ya,xb,yb")
+        if lines[:1] != [["name", *columns]]:
+            raise ValueError(f"its first line must be name,{','.join(columns)}")
     for number, (name, *words) in filter(all, enumerate(lines[1:], 2)):  # all: no empty line
         name = normalize("NFC", name)
         stem = name if name in sides else Path(name).stem
         line = f"{table}, line {number}: {','.join([name, *words])[:60]!r}"
-        with blaming(f"{line} is not an image here and 4 pixels inside it"):
-            row = np.array(words, float).reshape(4)
+        with blaming(f"{line} is not an image here and {len(columns)} pixels inside it"):
+            row = np.array(words, float).reshape(len(columns))
             if not ((row >= -1) & (row <= sides[stem])).all():
                 raise ValueError("a point is outside")
             rows[stem].append(row)
-    pixels = [np.reshape(row, (-1, 4)) for row in rows.values()]
+    pixels = [np.reshape(row, (-1, len(columns))) for row in rows.values()]
     if 0 < np.concatenate(pixels).max(initial=0) <= 1:
         raise InputError(f"{table}: no coordinate is above 1; give pixels, not shares, or remove it")
     return [torch.tensor((row + 0.5) / side) for row, side in zip(pixels, sides.values())]
@@ -304,28 +305,42 @@ def load_mnist_m(folder, size):  # images (N, 3, size, size), labels of a split:
             files.append(folder / table.name.removesuffix("_labels.txt") / name)
     return read_images(files, (size, size))[0], torch.tensor(labels)
 
+def load_landmarks(folder, size):  # images (N, 3, size, size), landmarks (N, 34): images/, landmarks.csv
+    files = list_images(Path(folder, "images"))
+    x, sides = read_images(files.values(), (size, size))
+    rows = read_landmarks(Path(folder, "landmarks.csv"), HAND_COLUMNS, dict(zip(files, np.tile(sides, 17))))
+    for path, found in zip(files.values(), rows):
+        if len(found) != 1:
+            raise InputError(f"{path}: has {len(found)} lines in landmarks.csv, needs one; correct it")
+    return x, torch.cat(rows).float()
+
+def finish(o, x, y, domains, read):  # as many as --train asks for; the user's folders among the domains
+    if len(x) < (o.train or 1):
+        raise InputError(f"--train {o.train or 1}: there are only {len(x)} training images; ask for fewer")
+    for folder in (Path(name).resolve() for name in o.unseen):
+        if folder.name in domains:
+            raise InputError(f"{folder}: a second domain of that name; rename the folder")
+        domains[folder.name] = read(folder, o.size)
+    return x[:o.train], y[:o.train], domains
+
 def load_digits(o):
     """Training images (N, 3, S, S), labels (N,), and the domains to measure: {name: (images, labels)}."""
     n = o.train or 10_000
     embedded = o.data == "embedded"
     x, y = make_digits(n, o.size, 2 * o.seed) if embedded else load_mnist(o.data, "train", o.size)
     x_test, y_test = make_digits(2000, o.size, TEST_SEED) if embedded else load_mnist(o.data, "t10k", o.size)
-    if len(x) < (o.train or 1):
-        raise InputError(f"--train {o.train or 1}: there are only {len(x)} training images; ask for fewer")
     looks = ("source", "difference", "paint", "chalk") if embedded and not o.unseen else ("source",)
-    domains = {look: (apply_look(look, x_test, seed=7), y_test) for look in looks}
-    for folder in (Path(name).resolve() for name in o.unseen):
-        if folder.name in domains:
-            raise InputError(f"{folder}: a second domain of that name; rename the folder")
-        domains[folder.name] = load_mnist_m(folder, o.size)
-    return apply_look("source", x[:n], 0), y[:n], domains
+    domains = {look: (apply_look(look, x_test, 7), y_test) for look in looks}
+    return finish(o, apply_look("source", x[:n], 0), y[:n], domains, load_mnist_m)
 
 def load_hands(o):  # as load_digits: RGB hands (N, 3, S, S), landmarks (N, 34) in shares of the side
-    if o.data != "embedded" or o.unseen:
-        raise InputError("--task hands: has its own drawn hands alone; omit --data and --unseen")
-    views, y = make_hands(o.train or 3000, o.size, seed=2 * o.seed)
-    tests, y_test = make_hands(500, o.size, TEST_SEED)
-    return views["source"], y, {name: (images, y_test) for name, images in tests.items()}
+    if o.data == "embedded":
+        views, y = make_hands(o.train or 3000, o.size, 2 * o.seed)
+        tests, y_test = make_hands(500, o.size, TEST_SEED)
+        return finish(o, views["source"], y, {name: (I, y_test) for name, I in tests.items()}, load_landmarks)
+    x, y = load_landmarks(o.data, o.size)
+    held_out = torch.arange(len(x)) % 10 == 0  # every tenth image of a folder is the source to measure
+    return finish(o, x[~held_out], y[~held_out], {"source": (x[held_out], y[held_out])}, load_landmarks)
 
 def read_pairs(folder, size, modes):  # a split: A and B of one name, with their landmarks in pixels at `size`
     a, b = (list_images(folder / side) for side in "AB")
@@ -333,12 +348,12 @@ def read_pairs(folder, size, modes):  # a split: A and B of one name, with their
         raise InputError(f"{a.get(stem) or b[stem]}: no partner of that name; add one or remove it")
     A, sides_a = read_images(a.values(), size, modes["A"])
     B, sides_b = read_images([b[stem] for stem in a], size, modes["B"])
-    table, rows, points = folder / "landmarks.csv", [], None
+    table, rows = folder / "landmarks.csv", len(A) * [torch.zeros(0, 4)]
     if table.exists():
-        rows = read_landmarks(table, dict(zip(a, np.hstack([sides_a, sides_b]))))
-        points = torch.nn.utils.rnn.pad_sequence(rows, True, np.nan) * torch.tensor(size[::-1]).tile(2) - 0.5
+        rows = read_landmarks(table, ["xa", "ya", "xb", "yb"], dict(zip(a, np.hstack([sides_a, sides_b]))))
     say(folder, f"{len(A)} pairs, {sum(map(len, rows))} pairs of points", ("A", "B", "landmarks.csv"))
-    return Pairs(A, B, None if points is None else points.float(), None)
+    points = torch.nn.utils.rnn.pad_sequence(rows, True, np.nan) * torch.tensor(2 * size[::-1]) - 0.5
+    return Pairs(A, B, points.float(), None)
 
 def load_pairs(o, modes=None):
     """{"train": Pairs, "test": Pairs} and the modes {"A": "RGB" or "L", "B"}: found, or those of a run."""

@@ -86,6 +86,7 @@ class TaskNetwork(nn.Module):
         self.backbone = BACKBONES[backbone](width)
         self.head = nn.Linear(self.backbone(torch.zeros(1, 3, size, size)).shape[1], outputs)
         self.register_buffer("mean_pose", torch.zeros(outputs))  # of the training landmarks; 0 for digits
+        self.register_buffer("poses", torch.zeros(8, outputs))  # the classes of hands: clusters of landmarks
 
     def forward(self, x):
         feature = self.backbone(x)
@@ -93,16 +94,12 @@ class TaskNetwork(nn.Module):
 
 def build(o, y=None):
     """M and F (or None) of options o, untrained; hands get mean_pose and poses from y, or a checkpoint."""
-    outputs, classes = (34, 8) if o.task == "hands" else (10, 10)  # the classes of hands: 8 clusters of poses
-    M = TaskNetwork(o.backbone, o.M_width, o.size, outputs)
-    poses = y if o.task == "hands" else None  # the targets of digits are no poses
-    if poses is not None:
-        M.mean_pose.copy_(poses.mean(0))
-    if o.method != "degia":
-        return M, None
-    F = Flow(3, o.flow_size, classes, lam=o.lam)
-    F.register_buffer("poses", torch.zeros(classes, 34) if poses is None else k_means(poses, classes))
-    return M, F
+    M = TaskNetwork(o.backbone, o.M_width, o.size, outputs=34 if o.task == "hands" else 10)
+    if o.task == "hands" and y is not None:
+        M.mean_pose.copy_(y.mean(0))
+        M.poses.copy_(k_means(y, len(M.poses)))
+    classes = len(M.poses) if o.task == "hands" else 10
+    return M, Flow(3, o.flow_size, classes, lam=o.lam) if o.method == "degia" else None
 
 # ---------------------------------------------------------------- the two objectives
 def task_loss(output, y):
@@ -141,10 +138,8 @@ def ascend(x_src, objective, K, eta, blur):
         x = (x.detach() + eta * g / rms).clamp(0, 1)
     return x
 
-def classes_of(y, F):  # the class c of each target: a digit itself, the nearest of F's poses; 0 without F
-    if F is None:
-        return torch.zeros(len(y), dtype=torch.int64, device=y.device)
-    return torch.cdist(y, F.poses.to(y)).argmin(1) if y.is_floating_point() else y
+def classes_of(y, M):  # the class c of each target: a digit itself, the nearest of the poses
+    return torch.cdist(y, M.poses.to(y)).argmin(1) if y.is_floating_point() else y
 
 def k_means(y, k):
     """k centres (k, 34) of poses y (N, 34); to start with, each is the pose farthest from those before it."""

@@ -21,7 +21,7 @@ import geomreg
 import warp
 from flows import bits_per_dim
 
-FORMAT = "degia and geomreg, version 2"
+FORMAT = "degia and geomreg, version 2.1"
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 bfloat16 = any(torch.cpu.get_capabilities().get(f"{unit}_bf16") for unit in ("amx", "avx512"))
 if device.type == "cuda":
@@ -89,12 +89,12 @@ def evaluate_degia(M, F, domains, folder):  # measures of M; F's bits per dim on
     for x, y in zip(*(tensor.split(500) for tensor in domains["source"])):  # all at once can need gigabytes
         x = degia.flow_view(data.to_float(x.to(device)), F)
         u = torch.rand(x.shape, generator=gen, device=device)  # now in float32, no noise shift of the prior
-        bits.append(bits_per_dim(F.log_prob(x, degia.classes_of(y, F).to(device), u), F.dim))
+        bits.append(bits_per_dim(F.log_prob(x, degia.classes_of(y, M).to(device), u), F.dim))
     return {"domains": results, "bits_per_dim": torch.cat(bits).mean().item()}
 
 def picture_new_samples(x_src, pool, per_round, path):  # of each max round, below what they grew from
     rows = {}
-    for k, (x, i) in enumerate(zip(pool["x"].split(per_round), pool["source"].split(per_round)), 1):
+    for k, (x, i) in enumerate(zip(*(part.split(per_round) for part in pool.values())), 1):
         rows |= {f"source {k}": x_src[i[:12]] / 255, f"round {k}": x[:12] / 255}
     save_grid(rows, path)
 
@@ -107,14 +107,13 @@ def landmark_errors(register, pairs, n=None):
         I_a, I_b = (2 * data.to_float(I[i].to(device)) - 1 for I in (pairs.A, pairs.B))
         phi = autocast()(register)(I_a, I_b)
         folded.append((warp.jacobian_determinant(phi) <= 0).float().mean((1, 2)))
-        if pairs.points is not None:
-            p_a, p_b = pairs.points[i].to(device).split(2, dim=2)
-            moved = warp.warp_points(p_a, phi)
-            moved = torch.where(moved.isnan(), p_a, moved)  # what phi has no place for has not moved
-            distances.append(torch.stack([p_a - p_b, moved - p_b]).norm(dim=3).cpu())
+        p_a, p_b = pairs.points[i].to(device).split(2, dim=2)
+        found = warp.warp_points(p_a, phi)
+        moved = found.where(~found.isnan(), p_a)  # what phi has no place for has not moved
+        distances.append(torch.stack([p_a - p_b, moved - p_b]).norm(dim=3).cpu())
     errors = {"unregistered": {"scene": None}, "registered": {"scene": None}}  # without landmarks
-    distances = torch.cat(distances, dim=1) if distances else torch.full((2, 1, 1), torch.nan)
-    if not distances.isnan().all():  # (2, pairs, landmarks)
+    distances = torch.cat(distances, dim=1)  # (2, pairs, landmarks)
+    if not distances.isnan().all():
         for kinds, d in zip(errors.values(), distances):
             kinds["scene"] = d.nanmean(1).nanmean().item()
             if pairs.salient is not None:
@@ -170,8 +169,7 @@ def read_files(o, M, files, folder):  # print the digits, or write the landmarks
     if o.task == "digits":
         return print(f"written: {name}.png", *map("{}: {}".format, files, found), sep="\n")
     pixels = (output.view(-1, 17, 2) * torch.tensor(sides)[:, None] - 0.5).flatten(1).tolist()
-    columns = ["name", *(f"{axis}{i}" for i in range(17) for axis in "xy")]
-    rows = [dict(zip(columns, [Path(file).name, *row])) for file, row in zip(files, pixels)]
+    rows = [{"name": Path(file).name} | dict(zip(data.HAND_COLUMNS, row)) for file, row in zip(files, pixels)]
     write_csv(rows, f"{name}_landmarks.csv")
     print(f"written: {name}.png, {name}_landmarks.csv")
 
@@ -180,9 +178,10 @@ def align_files(register, pair, folder, modes=(None, None)):
     if len(pair) != 2:
         raise data.InputError(f"registration takes two files, A and B of a pair, not {len(pair)}; name two")
     A, B = map(data.open_image, pair, modes)
-    size = [max(1, round(256 * side / max(256, *B.size))) for side in B.size[::-1]]  # enough for phi
+    size = [max(2, round(256 * side / max(256, *B.size))) for side in B.size[::-1]]  # enough for phi
     small = (data.to_tensor(picture.resize(size[::-1], Image.BILINEAR)) for picture in (A, B))
     I_a, I_b = (2 * data.to_float(I[None].to(device)) - 1 for I in small)
+    print(f"aligning {pair[0]} to {pair[1]} at {size[1]} x {size[0]} pixels: some seconds")
     phi = autocast()(register)(I_a, I_b)
     gain = 1 - (geomreg.image_unlikeness(I_a, I_b, phi) / geomreg.image_unlikeness(I_a, I_b, 0 * phi)).item()
     phi = phi * (gain > 0.005)
@@ -251,7 +250,7 @@ def exit_on_bad_input(main):  # what a user or the system can mend: one line, ex
             message += "; make room on the disk, or choose a smaller size or --batch"
         elif not isinstance(error, (data.InputError, OSError)):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 def parse(argv):
@@ -279,19 +278,19 @@ def main(argv):
     args = parse(argv)
     if args.run == "tables":
         return tables(args)
-    if args.run == "align" and (args.images or not args.data):
-        return align_files(geomreg.optimise, args.images, args.out)
-    if args.run == "align":
+    if args.run == "align" and args.data:
         pairs = data.read_pairs(Path(args.data, "test"), (96, 128), {"A": None, "B": None})
         return print_table(landmark_errors(geomreg.optimise, pairs)[0])
+    if args.run == "align":
+        return align_files(geomreg.optimise, args.images, args.out)
     folder, checkpoint = Path(args.run), load_checkpoint(args.run)
     o = Namespace(**checkpoint["config"] | {name: given for name, given in vars(args).items() if given})
     if o.program == "reg":
         modes = checkpoint["extra"]
-        R, _, _ = geomreg.build(o, len(modes["A"]), len(modes["B"]))  # "RGB" has three channels, "L" one
+        R, *_ = geomreg.build(o, len(modes["A"]), len(modes["B"]))  # "RGB" has three channels, "L" one
         R.to(device, memory_format=torch.channels_last).load_state_dict(checkpoint["state"]["R"])
         def refined(I_a, I_b):  # R's phi, at the size that R knows, and then the pair's own
-            small = (torch.nn.functional.interpolate(I, (o.height, o.width), mode="area") for I in (I_a, I_b))
+            small = (torch.nn.functional.adaptive_avg_pool2d(I, (o.height, o.width)) for I in (I_a, I_b))
             return geomreg.optimise(I_a, I_b, warp.resize_field(R(*small), I_b.shape[2:]))
         if args.images:
             return align_files(refined, args.images, folder, modes.values())
@@ -300,6 +299,9 @@ def main(argv):
         if args.refine:
             errors, _ = landmark_errors(refined, pairs["test"])
             measured |= {"refined": errors["registered"], "folding_refined": errors["folding"]}
+            kept = folder / "results.json"  # of a run that has ended
+            if kept.exists() and not args.data:
+                kept.write_text(json.dumps(json.loads(kept.read_text()) | measured, indent=1) + "\n")
     else:
         M, F = degia.build(o)
         M.to(device, memory_format=torch.channels_last).load_state_dict(checkpoint["state"]["M"])

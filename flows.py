@@ -167,7 +167,6 @@ class Flow(nn.Module):
         z, log_det = self(x, u)
         return self.prior.log_prob(z, c, shift) + log_det
 
-    @torch.no_grad()
     def sample(self, c, generator=None):
         """8-bit images (B, C, S, S) of classes c: z ~ N(mu_c, Sigma_c), x = floor(256 y) / 255."""
         n = torch.randn(len(c), NOISE_DIM, generator=generator, device=c.device)
@@ -178,6 +177,5 @@ class Flow(nn.Module):
 def bits_per_dim(log_prob, dim):  # of the 8-bit image, from nats of y: 256 levels are 8 bits, counted once
     return 8 - log_prob / (dim * math.log(2))
 
-def gaussian_w2(mean_1, std_1, mean_2, std_2):
-    """Squared 2-Wasserstein distance of two diagonal Gaussians, per dimension."""
+def gaussian_w2(mean_1, std_1, mean_2, std_2):  # squared 2-Wasserstein, of diagonal Gaussians, per dimension
     return ((mean_1 - mean_2).square() + (std_1 - std_2).square()).mean()

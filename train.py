@@ -40,7 +40,7 @@ def train_degia(o, checkpoint):
     x_src, y_src, domains = data.load_digits(o) if o.task == "digits" else data.load_hands(o)
     M, F = degia.build(o, y_src)
     x_src, y_src = x_src.to(device), y_src.to(device)
-    c_src = degia.classes_of(y_src, F)
+    c_src = degia.classes_of(y_src, M)
     groups = [{"params": M.to(device, memory_format=torch.channels_last).parameters()}]
     if F is not None:
         groups.append({"params": F.to(device).parameters(), "lr": o.flow_lr})
@@ -296,8 +296,8 @@ def parse(argv):  # the options o, and the names of those that were given
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
     add("--rig", action="store_true", help="plants seen by two cameras on a rig: mostly one offset")
-    add("--width", type=number(int, 8), default=64, help="of the images that the networks see")
-    add("--height", type=number(int, 8), default=64, help="of these images")
+    for side in ("width", "height"):
+        add(f"--{side}", type=number(int, 8), default=64, help="of the images that the networks see")
     add("--registration", choices=("pyramid", "unet"), default="pyramid", help="R; the paper's: unet")
     add("--similarity", choices=("translation", *geomreg.MEASURES), default="translation", help="R's teacher")
     add("--order", choices=("both", "register-first", "translate-first"), default="both", help="of T and phi")
@@ -308,7 +308,7 @@ def parse(argv):  # the options o, and the names of those that were given
     add("--smooth", type=weight, default=400.0, help="weight lambda_S of the smoothness")
     add("--alpha", type=weight, default=1.0, help="how much the field may bend at edges, eq. (3)")
     add("--match", choices=geomreg.MEASURES, default="correlation", help="what L_recon compares by")
-    add("--window", type=int, choices=(3, 5, 7, 9), default=5, help="of correlation and SSIM")
+    add("--window", type=int, choices=(3, 5, 7, 9), default=5, help="side of those of local correlation")
     add("--practice", type=weight, default=50.0, help="weight of R's practice on known fields")
     for net, width in (("R", 24), ("T", 16), ("D", 16)):
         add(f"--{net}-width", type=count, default=width, help=f"channels of {net}")
