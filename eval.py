@@ -133,7 +133,7 @@ def picture_pairs(phi, I_a, I_b, path):  # figure 4, a column for each of up to 
     places = warp.pixel_grid(*phi.shape[2:], like=phi) + phi
     lines = (places % max(4, phi.shape[3] // 8) < 1.4).any(1, keepdim=True).float()
     rows = {"A": I_a / 2 + 0.5, "B": I_b / 2 + 0.5, "edges": overlay(I_a, I_b), "registered": moved / 2 + 0.5,
-            f"field, {warp.norm(phi).max() / phi.shape[3]:.0%}": 1 - lines, "after": overlay(moved, I_b)}
+            "field": 1 - lines, "after": overlay(moved, I_b)}
     if len(phi) == 1:
         pictures = [images.expand(-1, 3, -1, -1) for images in rows.values()]
         rows = {"before": torch.cat(pictures[:3]), "after": torch.cat(pictures[3:])}
@@ -289,9 +289,12 @@ def main(argv):
         modes = checkpoint["extra"]
         R, *_ = geomreg.build(o, len(modes["A"]), len(modes["B"]))  # "RGB" has three channels, "L" one
         R.to(device, memory_format=torch.channels_last).load_state_dict(checkpoint["state"]["R"])
-        def refined(I_a, I_b):  # R's phi, at the size that R knows, and then the pair's own
+        def refined(I_a, I_b):  # the better of two: from R's phi, found at the size that R knows; from 0
             small = (torch.nn.functional.adaptive_avg_pool2d(I, (o.height, o.width)) for I in (I_a, I_b))
-            return geomreg.optimise(I_a, I_b, warp.resize_field(R(*small), I_b.shape[2:]))
+            start = warp.resize_field(R(*small), I_b.shape[2:])
+            fields = torch.stack([geomreg.optimise(I_a, I_b, start), geomreg.optimise(I_a, I_b)])
+            best = torch.stack([geomreg.image_unlikeness(I_a, I_b, phi) for phi in fields]).argmin(0)
+            return fields[best, torch.arange(len(best))]
         if args.images:
             return align_files(refined, args.images, folder, modes.values())
         pairs, _ = data.load_pairs(o, modes)

@@ -143,7 +143,7 @@ class Flow(nn.Module):
                 if initialise and isinstance(layer, ActNorm):
                     layer.initialise(h)
                 h, change = layer(h)
-                log_det = log_det + change
+                log_det += change
             if layers is not self.levels[-1]:
                 h, part = h.chunk(2, dim=1)  # part is the y_b that the last coupling made, h the y_a it saw
                 parts.append(part)

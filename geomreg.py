@@ -184,7 +184,7 @@ def distance(measure, I, J, window, scales):
     eq. (4), rewards a field that pulls blank ground over what does not fit yet; "correlation" does not."""
     total = 0.0
     for _ in range(scales):
-        total = total + mismatch(measure, I, J, window).mean()
+        total += mismatch(measure, I, J, window).mean()
         I, J = (nnf.avg_pool2d(image, 2, ceil_mode=True) for image in (I, J))
     return total / scales
 

@@ -27,8 +27,8 @@ from flows import NOISE_DIM, bits_per_dim
 BATCH, PICKED, ASCENT, FIRST = range(4)  # what is random in a step; each has a stream of its own
 
 def generator(o, step, stream):  # by seed and step alone: a resumed run needs no random state
-    seed = np.random.SeedSequence((o.seed, step, stream)).generate_state(1)  # mixed well, to 32 bits
-    return torch.Generator(device).manual_seed(int(seed[0]))
+    seed = np.random.SeedSequence((o.seed, step, stream)).generate_state(1).item()  # mixed well, to 32 bits
+    return torch.Generator(device).manual_seed(seed)
 
 def adam(parameters, o, betas=(0.5, 0.999)):  # its rate: constant, then linear to 0 over the second half
     optimizer = torch.optim.Adam(parameters, o.lr, betas, fused=True)
@@ -64,7 +64,7 @@ def train_degia(o, checkpoint):
 
         # ---- a batch of originals and, once there are any, new samples, with the labels of their source
         random = {"generator": generator(o, step, BATCH), "device": device}  # each draw moves it on
-        n_new = max(1, round(o.share * o.batch)) if len(pool["x"]) and o.share > 0 else 0
+        n_new = int(np.ceil(o.share * o.batch)) if len(pool["x"]) else 0
         i = torch.randint(len(x_src), (o.batch - n_new,), **random)
         j = torch.randint(max(1, len(pool["x"])), (n_new,), **random)  # randint wants a range, even for no j
         x = data.to_float(torch.cat([x_src[i], pool["x"][j]]))
@@ -112,7 +112,7 @@ def new_samples(o, step, M, F, x_src, y_src, c_src):
 def train_reg(o, checkpoint):
     """Train R and T against D by eq. (6), on unaligned pairs. R alone: T is the identity, one order, no D."""
     pairs, modes = data.load_pairs(o)
-    A, B = pairs["train"].A.to(device), pairs["train"].B.to(device)
+    A, B = (images.to(device) for images in pairs["train"][:2])
     R, T, D = geomreg.build(o, A.shape[1], B.shape[1])
     for net in filter(None, (R, T, D)):
         net.to(device, memory_format=torch.channels_last)
@@ -140,7 +140,7 @@ def train_reg(o, checkpoint):
             with autocast():
                 losses["D"] = geomreg.adversarial(D(I_a, I_b), real=True)
                 for O in fakes:  # constants here: R and T have their turn below
-                    losses["D"] = losses["D"] + geomreg.adversarial(D(I_a, O.detach()), real=False)
+                    losses["D"] += geomreg.adversarial(D(I_a, O.detach()), real=False)
             opt_D.zero_grad()
             losses["D"].backward()
             opt_D.step()
@@ -238,7 +238,7 @@ class Run:
         results = {**vars(self.o), "seconds": round(time.time() - self.began), **measure()}
         (self.folder / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
         evaluation.print_table(results)
-        print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and pictures", flush=True)
+        print(f"written: {self.folder}/results.json, log.csv, checkpoint.pt and pictures")
         self.lock.close()
         (self.folder / "lock").unlink()
 
@@ -259,7 +259,7 @@ def number(kind, low, high=1e9):
     return number
 
 def parse(argv):  # the options o, and the names of those that were given
-    count, weight, share = number(int, 1), number(float, 0), number(float, 0, 1)
+    count, weight = number(int, 1), number(float, 0)
     raw, show = argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter
     quiet = argparse.SUPPRESS  # no usage: an error is one line
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, usage=quiet)
@@ -286,12 +286,12 @@ def parse(argv):  # the options o, and the names of those that were given
     add("--flow-lr", type=weight, default=3e-3, help="learning rate of F, while --lr is that of M")
     add("--rounds", type=number(int, 0), default=5, help="max phases, spread over training")
     add("--beta", type=number(float, 1e-4, 1), default=0.2, help="share of images in a max phase")
-    add("--share", type=share, default=0.5, help="share of new samples in a batch")
+    add("--share", type=number(float, 0, 1), default=0.5, help="share of new samples in a batch")
     add("--K", type=count, default=5, help="ascent steps of a max phase")
     add("--eta", type=weight, default=0.4, help="largest root mean square change of an ascent step")
     add("--alpha", type=weight, default=1.0, help="weight of the two distances in (7)")
     add("--lam", type=weight, default=0.1, help="scale lambda of the noise shift in (8)")
-    add("--flow-size", type=number(int, 4), default=8, help="side of the image that F sees")
+    add("--flow-size", type=int, choices=(4, 8, 16, 28, 32), default=8, help="side of the image that F sees")
     programs.choices["reg"].set_defaults(task="reg", unseen=[], train=3000, steps=1600, batch=16, lr=3e-3)
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
@@ -320,14 +320,11 @@ def parse(argv):  # the options o, and the names of those that were given
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     if o.program == "reg" and o.similarity != "translation":  # R alone: no T, no D
         vars(o).update(match=o.similarity, order="register-first", l1="both", adversarial=0, practice=0)
-    if o.program == "degia" and (o.flow_size > o.size or o.flow_size % 4):
-        raise InputError(f"--flow-size {o.flow_size}: not a multiple of 4 up to --size; choose another")
     if o.program == "degia" and o.method != "pure" and o.steps < o.rounds + 2:
         raise InputError(f"--rounds {o.rounds}: too many for {o.steps} --steps; ask for fewer")
     return o, given
 
-def check_folder(o):
-    """A run begins in a folder that is new or empty, and never among the data: nothing can be overwritten."""
+def check_folder(o):  # new or empty, and never among the data: so nothing can be overwritten
     folder = Path(o.out).resolve()
     with data.blaming(f"--out {o.out!r}: no folder for a new run", "choose another, or --resume a run"):
         for path in (Path(name).resolve() for name in {o.data, *o.unseen} - {"embedded"}):

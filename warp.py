@@ -49,7 +49,7 @@ def smoothness(phi, O_s, alpha):
     total = 0.0
     for dx, dy in ((1, 0), (0, 1), (1, 1), (-1, 1)):  # each pair of neighbours once
         B = torch.exp(-alpha * norm(difference(O_s.detach(), dx, dy)))  # eq. (3)
-        total = total + (B * norm(difference(phi, dx, dy))).sum()
+        total += (B * norm(difference(phi, dx, dy))).sum()
     mean = 2 * total / (len(phi) * height * width)  # a pair counts for u and for v
     return mean * width / 256  # undoes that 1/W: one lambda_S for all widths, 1 x the mean at W = 256
 
