@@ -182,11 +182,11 @@ def misaligned(thing, knots, shift):  # moved by a field quadratic in x and in y
 def make_plants(n, size, seed, modality="ir", rig=False):
     """n misaligned pairs; points (n, P, 4): xa, ya, xb, yb in px, NaN if hidden; salient: on the plant."""
     rng, pairs = np.random.default_rng(seed), []
-    random, fixed, baseline = (0.35, [0.07, 0.04], [0.10, 0]) if rig else (1, 0, 0)  # rig: mostly one offset
+    bent, fixed, baseline = (0.35, [0.07, 0.04], [0.10, 0]) if rig else (1, 0, 0)  # rig: mostly one offset
     for _ in range(n):
-        knots = random * rng.normal(0, BEND, (3, 3, 2))
-        offset = random * rng.normal(0, SHIFT, 2) + fixed
-        parallax = (not rig) * rng.normal(0, 0.03, 2) + baseline  # times depth: how a thing shifts by itself
+        knots = bent * rng.normal(0, BEND, (3, 3, 2))
+        offset = bent * rng.normal(0, SHIFT, 2) + fixed
+        parallax = (not rig) * rng.normal(0, 0.03, 2) + baseline  # times depth - .5: a thing's own shift
         things = sorted(plant_scene(rng), key=lambda thing: thing.depth)  # far ones first
         moved = [misaligned(thing, knots, offset + parallax * (thing.depth - 0.5)) for thing in things]
         A, p_a, in_a = draw_scene(things, size, "rgb", rng)

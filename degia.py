@@ -7,9 +7,9 @@
     P_src     the prior of the class, N(gamma G_m(c), G_std(c)^2);  P_x the Gaussian of z = F(x) over images x
     min phase, eq. (5):  l = l_task(M(x), y) - log p_X(x, c)
     max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ] }
-What balances what: l_task is of order 1 (hands: .01), -log p of order D, so it is divided by D; d and the
-feature distance are means per dimension. At std 1, -log p / D is half the mean square of z - mu: it drives
-the mean of z away from mu, and alpha d pulls it back, harder if alpha > 1/2, not hard enough below."""
+What balances what: l_task is of order 1 (hands: .01); -log p, of order D, is divided by D; d and the feature
+distance are means per dimension. Where G_std is 1, maximizing -log p_Z / D, half the mean square of z - mu,
+drives the mean of z away from the prior's mean mu; alpha d pulls it back, and wins only if alpha > 1/2."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -108,27 +108,27 @@ def task_loss(output, y):
         return (output.float() - y).square().mean(1)
     return nnf.cross_entropy(output.float(), y, reduction="none")
 
-def flow_view(x, F):  # what F sees of x, averaged down: so the ascent paints regions instead of noise
+def flow_view(x, F):  # what F sees of x, averaged down: its gradient paints regions instead of noise
     return nnf.adaptive_avg_pool2d(x.float(), F.shape[1])
 
 def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
-    """Eq. (7) summed over a batch of images x, ALL of one class c (B,): d compares their P_x with its P_src.
-    feature_src (B, K) is M(x_src). u and shift, as in Flow.log_prob, must stay the same during an ascent, or
-    the objective would change under it; mu in d is gamma G_m(c), without the shift."""
+    """Eq. (7) summed over images x, ALL of one class c (B,): d is between their P_x and the P_src of that
+    class, whose mean has no shift. feature_src (B, features) is M(x_src). Draw u and shift, as in
+    Flow.log_prob, once per ascent: new ones in each step would change the objective under it."""
     output, feature = M(x)
     l_task = task_loss(output, y)
-    feature_distance = (feature.float() - feature_src).square().mean(1)
+    feature_distance = (feature.float() - feature_src).square().mean(1)  # no pull in the first step, at x_src
     if F is None:
         return (l_task - alpha * feature_distance).sum()  # adversarial data augmentation (ADA)
     z, log_det = F(flow_view(x, F), u)
     log_p = F.prior.log_prob(z, c, shift) + log_det
-    std = z.var(0, correction=0).add(1e-8).sqrt()  # the summand: finite gradient for a single image
-    d = gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))
-    return (l_task - alpha * feature_distance - log_p / F.dim - alpha * d).sum()  # B times d, a scalar
+    std = z.var(0, correction=0).add(1e-8).sqrt()  # 1e-8: a single image would get NaN
+    d = gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))  # through it, x move together
+    return (l_task - alpha * feature_distance - log_p / F.dim - alpha * d).sum()  # d counts B times
 
 def ascend(x_src, objective, K, eta, blur):
     """K steps x <- clamp(x + eta g / rms(g)) from x_src; g: the gradient, averaged over blur x blur windows.
-    So eta, a number or (B, 1, 1, 1), is the rms change of x; a raw g would change nothing, or everything."""
+    So eta, a number or (B, 1, 1, 1), is x's rms change before the clamp; a raw g changes nothing, or all."""
     x = x_src.detach()
     for _ in range(K):
         x.requires_grad_()

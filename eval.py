@@ -184,8 +184,9 @@ def align_files(register, pair, folder, modes=(None, None)):
     print(f"aligning {pair[0]} to {pair[1]} at {size[1]} x {size[0]} pixels: some seconds")
     phi = autocast()(register)(I_a, I_b)
     gain = 1 - (geomreg.image_unlikeness(I_a, I_b, phi) / geomreg.image_unlikeness(I_a, I_b, 0 * phi)).item()
-    phi = phi * (gain > 0.005)
-    print(f"they match {gain:.0%} better than before" if gain > 0.005 else "no better match was found")
+    found = gain > 0.005 and geomreg.is_match(I_a, I_b, phi, 0 * phi).item()
+    phi = phi * found
+    print(f"they match {gain:.0%} better than before" if found else "no better match was found")
 
     folder.mkdir(parents=True, exist_ok=True)
     name = unused(folder, Path(pair[0]).stem, ("_aligned.png", "_field.npy", "_overlay.png"))

@@ -83,9 +83,9 @@ class AffineCoupling(nn.Module):
 
 class Prior(nn.Module):
     """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = gamma G_m(c) + lambda H_m(n), Sigma_c = diag(G_std(c)^2).
-    G_m and G_std are tables, a row per class. H_m, a network of noise, moves the mean: p_Z covers more than
-    the images seen. Maximum likelihood would undo that: shrink H_m to nothing, so `shift` rescales it; or
-    make z so wide that a shift no longer matters, so `std` keeps G_std = exp(bounded log_G_std)."""
+    G_m and G_std are tables, a row per class. H_m(n), a random shift of the mean, lets p_Z cover more than
+    the images seen. Maximum likelihood would cancel it: by H_m near 0, so `shift` fixes its size; or by a
+    G_std beside which no shift matters, so `std` bounds it."""
     def __init__(self, dim, classes, gamma=1.0, lam=0.1):
         super().__init__()
         self.gamma, self.lam = gamma, lam
@@ -103,7 +103,7 @@ class Prior(nn.Module):
         return torch.exp(LOG_STD_MIDDLE + bounded(self.log_G_std(c) - LOG_STD_MIDDLE, LOG_STD_RADIUS))
 
     def shift(self, n):
-        """lambda H_m(n) (B, D), normalized by fixed noises, `probe`: a batch's own would mix its images."""
+        """lambda H_m(n) (B, D), normalized over the fixed `probe`: over n, a shift would depend on others."""
         with torch.autocast(n.device.type, enabled=False):
             h, probe = self.H_m(n), self.H_m(self.probe)
         centre = probe.mean(0)
@@ -147,7 +147,7 @@ class Flow(nn.Module):
             if layers is not self.levels[-1]:
                 h, part = h.chunk(2, dim=1)  # part is the y_b that the last coupling made, h the y_a it saw
                 parts.append(part)
-        return torch.cat([part.flatten(1) for part in (*parts, h)], dim=1), log_det
+        return torch.cat([part.flatten(1) for part in (*parts, h)], 1), log_det
 
     def inverse(self, z):
         """y = (255 x + u) / 256 (B, C, S, S) of the x and u with F(x, u) = z: forward, mirrored."""

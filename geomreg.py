@@ -1,13 +1,13 @@
 """Geometry-preserving registration: R, T, D, the losses of eq. (4), (5), classical measures, one pair alone.
 
-    I_a, I_b  images of modality A and B (B, C, H, W) in [-1, 1], of any size, with any number of channels
+    I_a, I_b  images of modality A and B, (n, C, H, W) in [-1, 1], of any size, with any number of channels
     phi       R(I_a, I_b), a displacement field (B, 2, H, W) in pixels
     T         translates A's look into B's
     D         conditional patch discriminator: is this the B that belongs to I_a?
     O_RT = R_S(T(I_a), phi)   translate first
     O_TR = T(R_S(I_a, phi))   register first
-Both orders share one phi. If T moved things too, T's move and then phi would have to equal phi and then T's
-move: so it does where phi is constant (an offset of all!). Where phi varies, T keeps geometry, R moves."""
+Both orders share one phi. If T moved things by t, one order would show what phi(v) finds, the other what
+phi(v + t) finds: they agree only where phi is constant. Where it varies, T must keep geometry: R moves."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -149,16 +149,15 @@ def correlation(I, J, window):
     cov = local_mean(I * J, window) - mean_i * mean_j
     return cov / ((var_i + 0.01) * (var_j + 0.01)).sqrt()
 
-def edges(I):
-    """Slope of the smoothed grey image (B, 1, H, W), from -1: Canny's edges would have no gradient."""
+def edges(I):  # slope of the smoothed grey image (B, 1, H, W), -1 where flat; Canny's has no gradient
     grey = local_mean(I.mean(1, keepdim=True), 5)
     slope = warp.norm(torch.cat(torch.gradient(grey, dim=(2, 3)), dim=1))[:, None]
     return 4 * slope - 1  # a step from -1 to 1 makes .6
 
 def mind(I):
-    """Modality independent neighbourhood descriptor (B, 8, H, W), Heinrich et al. 2012: exp(-D / V), D the
-    mean squared difference of the 3x3 patches at a pixel and at each of its neighbours, less the least of
-    them, V the mean D. It tells in which directions an image stays the same, and nothing of its greys."""
+    """Modality independent neighbourhood descriptor (B, 8, H, W), Heinrich et al. 2012: exp((min D - D) / V),
+    D the mean squared difference of the 3x3 patches at a pixel and at each of its neighbours, V the mean D.
+    It tells in which directions an image stays the same, and nothing of its greys."""
     grey = I.mean(1, keepdim=True)
     patches = nnf.unfold(nnf.pad(grey, (1, 1, 1, 1), mode="replicate"), 3).unflatten(2, grey.shape[2:])
     neighbours = torch.cat([patches[:, :4], patches[:, 5:]], dim=1)  # 4 is the pixel itself
@@ -181,7 +180,7 @@ def mismatch(measure, I, J, window):
 
 def distance(measure, I, J, window, scales):
     """The mean mismatch over pixels and scales 1, 1/2, ...: coarse ones see what is far away. "l1", as in
-    eq. (4), rewards a field that pulls blank ground over what does not fit yet; "correlation" does not."""
+    eq. (4), rewards a field that pulls blank ground over what does not fit yet; "correlation" hardly."""
     total = 0.0
     for _ in range(scales):
         total += mismatch(measure, I, J, window).mean()
@@ -202,13 +201,13 @@ def unlikeness(a, b, phi):
 @torch.enable_grad()
 def optimise(I_a, I_b, start=None):
     """The phi (B, 2, H, W) of least unlikeness of MIND + 20 bending, by Adam over phi, pair by pair: no T, no
-    D. From 0, or from R's phi; each of LEVELS adds a `change` at more knots, on a finer image.
-    A pair that matches hardly better than with B mirrored shows two scenes: it gets its start back."""
+    D. From the best of `start` (R's phi; else 0) and 169 translations; each of LEVELS adds a finer `change`.
+    What matches no better than at the start, or hardly better than with B mirrored, gets its start back."""
     phi = start = I_b.new_zeros(len(I_b), 2, *I_b.shape[2:]) if start is None else start
     for side, knots in LEVELS:
         a, b = descriptors(I_a, side), descriptors(I_b, side)
         coarser = warp.resize_field(phi, b.shape[2:])
-        if phi is start:  # the first level: from there, or from the best of 169 translations
+        if phi is start:  # the first level: begin at the best of 169 translations and the start
             fields = [warp.scaled(0 * coarser + 1, i % 13 - 6, i // 13 - 6) for i in range(169)] + [coarser]
             best = torch.stack([unlikeness(a, b, field) for field in fields]).argmin(0)
             coarser = torch.stack(fields)[best, torch.arange(len(best))]

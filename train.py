@@ -26,7 +26,7 @@ from flows import NOISE_DIM, bits_per_dim
 
 BATCH, PICKED, ASCENT, FIRST = range(4)  # what is random in a step; each has a stream of its own
 
-def generator(o, step, stream):  # by seed and step alone: a resumed run needs no random state
+def generator(o, step, stream):  # by seed, step and stream: a resumed run needs no random state
     seed = np.random.SeedSequence((o.seed, step, stream)).generate_state(1).item()  # mixed well, to 32 bits
     return torch.Generator(device).manual_seed(seed)
 
@@ -46,13 +46,13 @@ def train_degia(o, checkpoint):
         groups.append({"params": F.to(device).parameters(), "lr": o.flow_lr})
         first = degia.flow_view(data.to_float(x_src[:512]), F)  # ActNorm sets itself from these
         F(first, torch.rand(first.shape, generator=generator(o, 0, FIRST), device=device), initialise=True)
-    optimizer, scheduler = adam(groups, o, betas=(0.9, 0.999))
+    optimizer, scheduler = adam(groups, o, (0.9, 0.999))
     pool = {"x": x_src[:0], "source": torch.arange(0, device=device)}  # new samples grown from x_src[source]
     run = Run(o, checkpoint, pool, M=M, F=F, optimizer=optimizer, scheduler=scheduler)
-    max_steps = [o.steps * i // (o.rounds + 2) for i in range(1, o.rounds + 1)]  # first part: no phase yet
+    max_steps = [o.steps * i // (o.rounds + 2) for i in range(1, o.rounds + 1)]  # 1 part before, 2 after
 
     for step in range(run.step, o.steps):
-        # ---- maximization, eq. (7): from ORIGINALS, climb to a higher loss l; alpha holds d and M(x) back
+        # ---- maximization, eq. (7): from ORIGINALS, raise the loss l; alpha limits d and the change of M(x)
         if step in max_steps and o.method != "pure":
             count = max(1, round(o.beta * len(x_src)))
             picked = torch.randperm(len(x_src), generator=generator(o, step, PICKED), device=device)[:count]
@@ -70,7 +70,7 @@ def train_degia(o, checkpoint):
         x = data.to_float(torch.cat([x_src[i], pool["x"][j]]))
         source = torch.cat([i, pool["source"][j]])
 
-        # ---- minimization, eq. (5): M and F share no parameter, so that one step moves both
+        # ---- minimization, eq. (5): of M and F. F learns the new samples, too: the next ones must be newer
         with autocast():
             loss = degia.task_loss(M(x)[0], y_src[source]).mean()
         losses = {"task": loss}
@@ -79,7 +79,7 @@ def train_degia(o, checkpoint):
             n = torch.randn(o.batch, NOISE_DIM, **random)  # shifts the prior, eq. (8)
             with autocast():
                 log_p = F.log_prob(degia.flow_view(x, F), c_src[source], u, F.prior.shift(n)).mean()
-            loss = loss - log_p / F.dim  # the / D matters in (7) alone: here M and F get separate gradients
+            loss = loss - log_p / F.dim  # M and F share no parameter: / D matters in (7), and for clipping
             losses["bits_per_dim"] = bits_per_dim(log_p, F.dim)
         optimizer.zero_grad()
         loss.backward()
@@ -149,19 +149,19 @@ def train_reg(o, checkpoint):
                 losses["gan"] = sum(geomreg.adversarial(D(I_a, O), real=True) for O in fakes)
 
         # ---- min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
-        scales = 1 if o.match == "l1" else 4 if step < 0.2 * o.steps else 2  # l1: the paper's; 4: far first
+        scales = 1 if o.match == "l1" else 4 if step < 0.2 * o.steps else 2  # of (4); coarse ones see far
         losses["recon"] = sum(geomreg.distance(o.match, O, I_b, o.window, scales) for O in fakes)  # (4)
         losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
-        if o.practice > 0:  # without it D is at times sure early, and R, driven away by it, never comes back
+        if o.practice > 0:  # without practice, a D that is sure early may drive R away for good
             losses["practice"] = practice(R, I_a, T_a, gen)
         lambda_S = o.smooth * min(1.0, 0.1 + 3 * step / o.steps)  # rises: a field stiff at once never moves
         lambda_R = o.recon * 2 / len(fakes)  # (4) has two terms; a single one (--order, R alone) counts twice
         weights = {"gan": o.adversarial, "recon": lambda_R, "smooth": lambda_S, "practice": o.practice}
         terms = {name: weight * losses[name] for name, weight in weights.items() if name in losses}
         opt_RT.zero_grad()
-        if o.gan != "both" and "gan" in terms:  # table 2: the adversarial loss trains one of the two alone
+        if o.gan != "both" and "gan" in terms:  # table 2: this term trains R or T alone
             terms.pop("gan").backward(inputs=trained[o.gan], retain_graph=True)  # the terms share their graph
-        if o.l1 != "both":  # or L_recon does
+        if o.l1 != "both":  # or this one; what is left below trains both
             terms.pop("recon").backward(inputs=trained[o.l1], retain_graph=True)
         sum(terms.values()).backward(inputs=trained["both"])  # not D's parameters
         for which in ("R", "T"):
@@ -268,7 +268,7 @@ def parse(argv):  # the options o, and the names of those that were given
         add = programs.add_parser(name, formatter_class=show, usage=quiet, allow_abbrev=False).add_argument
         add("--out", default=f"runs/{name}", help="run folder; runs/hands for hands")
         add("--data", default="embedded", help="or a folder of files, as the README lays it out")
-        add("--train", type=count, help="images or drawn pairs; None: the first 10,000; hands: 3,000")
+        add("--train", type=count, help="images or drawn pairs; None: the first 10,000; drawn hands: 3,000")
         add("--steps", type=count, help="training steps")
         add("--batch", type=count, help="images, or pairs, per step")
         add("--lr", type=weight, help="learning rate; linear to 0 over the second half")
@@ -297,7 +297,7 @@ def parse(argv):  # the options o, and the names of those that were given
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
     add("--rig", action="store_true", help="plants seen by two cameras on a rig: mostly one offset")
     for side in ("width", "height"):
-        add(f"--{side}", type=number(int, 8), default=64, help="of the images that the networks see")
+        add(f"--{side}", type=number(int, 16), default=64, help="of the images that the networks see")
     add("--registration", choices=("pyramid", "unet"), default="pyramid", help="R; the paper's: unet")
     add("--similarity", choices=("translation", *geomreg.MEASURES), default="translation", help="R's teacher")
     add("--order", choices=("both", "register-first", "translate-first"), default="both", help="of T and phi")

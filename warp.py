@@ -43,7 +43,7 @@ def scaled(phi, x, y):  # its two channels, multiplied by numbers: a tensor of t
 def smoothness(phi, O_s, alpha):
     """L_smooth, eq. (2): mean over v of the sum over its 8 neighbours u of B(u, v) ||phi(u) - phi(v)||.
     B lets phi bend where O_s (n, C, H, W) has an edge. O_s is a constant here: R could otherwise lower this
-    loss by putting edges into the image. phi counts in half-sides: neighbours differ in it by about 1/W."""
+    loss by putting edges into the image. In half-sides, differences of neighbours shrink like 1/W."""
     height, width = phi.shape[2:]
     phi = scaled(phi, 2 / max(width - 1, 1), 2 / max(height - 1, 1))
     total = 0.0
@@ -51,7 +51,7 @@ def smoothness(phi, O_s, alpha):
         B = torch.exp(-alpha * norm(difference(O_s.detach(), dx, dy)))  # eq. (3)
         total += (B * norm(difference(phi, dx, dy))).sum()
     mean = 2 * total / (len(phi) * height * width)  # a pair counts for u and for v
-    return mean * width / 256  # undoes that 1/W: one lambda_S for all widths, 1 x the mean at W = 256
+    return mean * width / 256  # cancels that 1/W: one lambda_S fits all widths; 256 is the paper's
 
 def bending(phi):  # (B,) mean squared second difference along x and along y
     second = (difference(difference(phi, *step), *step) for step in ((1, 0), (0, 1)))
