@@ -68,7 +68,7 @@ class DenseLayer(nn.Module):
         self.f = nn.Sequential(conv_norm(c_in, 4 * w, 1), nn.ReLU(), conv_norm(4 * w, w), nn.ReLU())
 
     def forward(self, x):
-        return torch.cat([x, self.f(x)], dim=1)
+        return torch.cat([x, self.f(x)], 1)
 
 def densenet(w):  # three blocks of four layers; a transition after each halves channels and size
     layers = [conv_norm(3, 4 * w, stride=2), nn.ReLU()]

@@ -143,7 +143,7 @@ def overlay(I, J):  # edges, of I in red and of J in cyan: white where they meet
     edge = torch.cat([geomreg.edges(I), geomreg.edges(J)]) + 1
     strong = edge.flatten(1).quantile(0.95, 1).clamp_min(1e-6).view(-1, 1, 1, 1)
     red, cyan = (edge / strong).clamp(0, 1).chunk(2)
-    return torch.cat([red, cyan, cyan], dim=1)
+    return torch.cat([red, cyan, cyan], 1)
 
 def print_table(results):  # of a results.json: a line per domain or set of pairs
     about = "task method backbone order similarity seed steps seconds bits_per_dim folding folding_refined"
@@ -218,10 +218,10 @@ def tables(args):  # train what is missing of results/papers.csv; mean and devia
     for row in (r for r in rows if r["task"] == args.task and r["row"].startswith(tuple(args.rows))):
         runs = [*train_row(args, [args.task, *row["options"].split(), *args.others])]
         for measure in runs[0] if runs else ():
-            values = [run[measure] for run in runs]
-            mean, std = np.mean(values), np.std(values, ddof=1) if len(runs) > 1 else np.nan
-            lines.append(row | {"n": len(runs), "measure": measure, "mean": mean, "deviation": std})
-            print(f"{row['row']}: {measure} {mean:.4g} ± {std:.2g}, n {len(runs)} ({row['paper']})")
+            values = [run[measure] for run in runs if measure in run]  # "refined": perhaps of some runs
+            mean, std = np.mean(values), np.std(values, ddof=1) if len(values) > 1 else np.nan
+            lines.append(row | {"n": len(values), "measure": measure, "mean": mean, "deviation": std})
+            print(f"{row['row']}: {measure} {mean:.4g} ± {std:.2g}, n {len(values)} ({row['paper']})")
     if not lines:
         raise data.InputError(f"--rows {args.rows}: no row of {papers} begins so, or none ended; try another")
     write_csv(lines, args.out / f"{args.task}.csv")
