@@ -61,8 +61,7 @@ def resnet(w):  # four stages of two basic blocks: those of ResNet-18
         layers += [Residual(c_in, c_out, c_out // c_in), Residual(c_out, c_out, 1)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten())
 
-class DenseLayer(nn.Module):
-    """The layer of DenseNet: x, and w new channels f(x), side by side."""
+class DenseLayer(nn.Module):  # of DenseNet: x, and w new channels f(x), side by side
     def __init__(self, c_in, w):
         super().__init__()
         self.f = nn.Sequential(conv_norm(c_in, 4 * w, 1), nn.ReLU(), conv_norm(4 * w, w), nn.ReLU())

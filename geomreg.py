@@ -38,8 +38,7 @@ def up_norm_relu(c_in, c_out):  # doubles the size, as in CycleGAN's generator
     nn.init.kaiming_normal_(layer.weight, a=SLOPE)
     return nn.Sequential(layer, nn.InstanceNorm2d(c_out), nn.LeakyReLU(SLOPE))
 
-class Residual(nn.Module):
-    """x + f(x), f two convolutions with InstanceNorm."""
+class Residual(nn.Module):  # x + f(x), f two convolutions with InstanceNorm
     def __init__(self, w):
         super().__init__()
         self.f = nn.Sequential(conv_norm_relu(w, w), conv(w, w, bias=False), nn.InstanceNorm2d(w))
