@@ -45,8 +45,7 @@ def vgg(w):  # stacks of 3x3 convolutions: VGG-11 without its last stack
                          conv(2 * w, 4 * w), conv(4 * w, 4 * w), pool,
                          conv(4 * w, 8 * w), conv(8 * w, 8 * w), pool, full_layers(8 * w, 4, 16 * w))
 
-class Residual(nn.Module):
-    """The basic block of ResNet: relu(f(x) + skip(x))."""
+class Residual(nn.Module):  # the basic block of ResNet: relu(f(x) + skip(x))
     def __init__(self, c_in, c_out, stride):
         super().__init__()
         self.f = nn.Sequential(conv_norm(c_in, c_out, 3, stride), nn.ReLU(), conv_norm(c_out, c_out))

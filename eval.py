@@ -165,7 +165,9 @@ def read_files(o, M, files, folder):  # print the digits, or write the landmarks
     output = predict(M, images)
     found = output.argmax(1) if o.task == "digits" else output
     name = unused(folder, "images", (".png", "_landmarks.csv"))
-    save_grid({"": images / 255}, f"{name}.png", [[*zip(output, found)]])
+    starts = range(0, len(files), 12)  # twelve a row, which is named by the number of its first
+    save_grid({f"{k + 1}": images[k:k + 12] / 255 for k in starts}, f"{name}.png",
+              [[*zip(output[k:k + 12], found[k:k + 12])] for k in starts])
     if o.task == "digits":
         return print(f"written: {name}.png", *map("{}: {}".format, files, found), sep="\n")
     pixels = (output.view(-1, 17, 2) * torch.tensor(sides)[:, None] - 0.5).flatten(1).tolist()
@@ -186,7 +188,7 @@ def align_files(register, pair, folder, modes=(None, None)):
     gain = 1 - (geomreg.image_unlikeness(I_a, I_b, phi) / geomreg.image_unlikeness(I_a, I_b, 0 * phi)).item()
     found = gain > 0.005 and geomreg.is_match(I_a, I_b, phi, 0 * phi).item()
     phi = phi * found
-    print(f"they match {gain:.0%} better than before" if found else "no better match was found")
+    print(f"they match {gain:.0%} better than before" if found else "no better match was found: A stays")
 
     folder.mkdir(parents=True, exist_ok=True)
     name = unused(folder, Path(pair[0]).stem, ("_aligned.png", "_field.npy", "_overlay.png"))

@@ -162,8 +162,7 @@ class Flow(nn.Module):
                 h = nn.functional.pixel_shuffle(h, 2)
         return (torch.sigmoid(h) - EPS) / (1 - 2 * EPS)
 
-    def log_prob(self, x, c, u, shift=0.0):
-        """log p(y | c), eq. (2): (B,) nats of the dequantized image y."""
+    def log_prob(self, x, c, u, shift=0.0):  # log p(y | c), eq. (2): (B,) nats of the dequantized image y
         z, log_det = self(x, u)
         return self.prior.log_prob(z, c, shift) + log_det
 

@@ -64,12 +64,12 @@ class UNet(nn.Module):
 
     def forward(self, I_a, I_b):
         height, width = I_a.shape[2:]
-        skips = [self.first(pad(torch.cat([I_a, I_b], dim=1), 32))]
+        skips = [self.first(pad(torch.cat([I_a, I_b], 1), 32))]
         for down in self.down:
             skips.append(down(skips[-1]))
         x = skips.pop()
         for up in self.up:
-            x = up(torch.cat([nnf.interpolate(x, scale_factor=2, mode="bilinear"), skips.pop()], dim=1))
+            x = up(torch.cat([nnf.interpolate(x, scale_factor=2, mode="bilinear"), skips.pop()], 1))
         return self.last(x)[..., :height, :width].float()
 
 class Pyramid(nn.Module):
@@ -94,7 +94,7 @@ class Pyramid(nn.Module):
         for (a, b), correct in zip(reversed(features), self.correct):  # 1/8, 1/4; no finer: smooth phi
             phi = warp.resize_field(phi, a.shape[2:])
             for _ in range(2):
-                phi = phi + correct(torch.cat([warp.resample(a, phi, "border"), b, phi], dim=1)).float()
+                phi = phi + correct(torch.cat([warp.resample(a, phi, "border"), b, phi], 1)).float()
         return warp.resize_field(phi, pad(I_a, 8).shape[2:])[..., :height, :width]
 
 class Translator(nn.Module):
@@ -122,7 +122,7 @@ class Discriminator(nn.Module):
                                  conv_norm_relu(4 * w, 8 * w, 4), conv(8 * w, 1, 4))
 
     def forward(self, I_a, I):
-        return self.net(pad(torch.cat([I_a, I], dim=1), 32)).float()
+        return self.net(pad(torch.cat([I_a, I], 1), 32)).float()
 
 def build(o, a, b):  # R, T, D for a and b channels, untrained; R alone has the identity for T, and no D
     R = {"pyramid": Pyramid, "unet": UNet}[o.registration](a, b, o.R_width)
@@ -159,7 +159,7 @@ def mind(I):
     It tells in which directions an image stays the same, and nothing of its greys."""
     grey = I.mean(1, keepdim=True)
     patches = nnf.unfold(nnf.pad(grey, (1, 1, 1, 1), mode="replicate"), 3).unflatten(2, grey.shape[2:])
-    neighbours = torch.cat([patches[:, :4], patches[:, 5:]], dim=1)  # 4 is the pixel itself
+    neighbours = torch.cat([patches[:, :4], patches[:, 5:]], 1)  # 4 is the pixel itself
     D = local_mean((neighbours - grey).square(), 3)
     V = D.mean(1, keepdim=True)
     V = V + 0.01 * V.mean((2, 3), keepdim=True) + 1e-8  # the noise of flat ground is no structure
@@ -193,7 +193,7 @@ def descriptors(I, side):  # MIND of I averaged down by a whole number, to a lon
 
 def unlikeness(a, b, phi):
     """Mean |R_S(a, phi) - b| (B,) of descriptors where a is seen: to push misfits out must not pay."""
-    moved = warp.resample(torch.cat([a, torch.ones_like(a[:, :1])], dim=1), phi)
+    moved = warp.resample(torch.cat([a, torch.ones_like(a[:, :1])], 1), phi)
     moved, seen = moved[:, :-1], moved[:, -1:]  # seen: how much of the pixel comes from inside of a
     return (moved - seen * b).abs().mean(1).sum((1, 2)) / seen.sum((1, 2, 3)).clamp_min(1)
 
