@@ -251,8 +251,10 @@ def say(folder, found, used):  # what was found in a folder, and what else lies 
 def list_images(folder):  # {stem: path}, sorted; names that begin with a dot are some system's own
     files = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in IMAGE_SUFFIXES]
     found = {normalize("NFC", path.stem): path for path in files}
-    if not files or len(found) < len(files):
-        raise InputError(f"{folder}: no such folder, no image, or two of one name; correct it, or --data")
+    if not files:
+        raise InputError(f"{folder}: no such folder, or no image in it; correct it, --data or --unseen")
+    if len(found) < len(files):
+        raise InputError(f"{folder}: two images of one name but for the suffix; rename one")
     say(folder, f"{len(files)} images", [path.name for path in files])
     return found
 

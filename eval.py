@@ -34,14 +34,14 @@ def autocast():  # bfloat16 for layers where the hardware itself multiplies it; 
 def save_grid(rows, path, outputs=None):  # {label: images in [0, 1]}; on them [(M(x), y), ...] of each row
     columns = max(map(len, rows.values()))
     width = max(128, min(384, 1536 // columns))
-    one = next(iter(rows.values()))[0]
-    height = max(1, width * one.shape[1] // one.shape[2])
+    *_, h, w = next(iter(rows.values())).shape
+    height = max(1, width * h // w)
     margin = 12 + 7 * max(map(len, rows))
     sheet = Image.new("RGB", (margin + columns * (width + 4), len(rows) * (height + 4)), "white")
     for i, (label, images) in enumerate(rows.items()):
         top = i * (height + 4)
         ImageDraw.Draw(sheet).text((4, top + height // 2), label, "black", anchor="lm", font_size=14)
-        pixels = data.to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+        pixels = data.to_uint8(images).expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()
         for j, image in enumerate(pixels):
             picture = Image.fromarray(image).resize((width, height), Image.BOX)
             pen = ImageDraw.Draw(picture)
@@ -104,7 +104,7 @@ def landmark_errors(register, pairs, n=None):
     the plant; percent of n pairs improved, share of pixels folded. Also phi, I_a, I_b of the last batch."""
     distances, folded = [], []
     for i in torch.arange(len(pairs.A))[:n].split(25):
-        I_a, I_b = (2 * data.to_float(I[i].to(device)) - 1 for I in (pairs.A, pairs.B))
+        I_a, I_b = (2 * data.to_float(I[i].to(device)) - 1 for I in pairs[:2])
         phi = autocast()(register)(I_a, I_b)
         folded.append((warp.jacobian_determinant(phi) <= 0).float().mean((1, 2)))
         p_a, p_b = pairs.points[i].to(device).split(2, dim=2)
@@ -195,14 +195,13 @@ def align_files(register, pair, folder, modes=(None, None)):
     picture_pairs(phi, I_a, I_b, f"{name}_overlay.png")
     phi = warp.resize_field(phi, B.size[::-1]).cpu()
     np.save(f"{name}_field.npy", phi[0].numpy())
-    side_a, side_b = (torch.tensor(picture.size).view(2, 1, 1) for picture in (A, B))
-    places = (warp.pixel_grid(*phi.shape[2:], like=phi) + phi + 0.5) * side_a / side_b  # 0: the edge of A
+    shares = warp.scaled(warp.pixel_grid(*phi.shape[2:], like=phi) + phi + 0.5, 1 / B.width, 1 / B.height)
     I = data.to_tensor(A)[None].float()
-    aligned = []
-    for rows in places.split(256, dim=2):  # all at once would need gigabytes
-        inside = ((rows > 0) & (rows < side_a)).all(1)
-        aligned.append((warp.sample_at(I, rows - 0.5, "border") * inside).round().byte())
-    aligned = torch.cat(aligned, dim=2)[0].permute(1, 2, 0).squeeze(2)
+    parts = []
+    for rows in shares.split(256, dim=2):  # all at once would need gigabytes
+        inside = ((rows > 0) & (rows < 1)).all(1)  # 0 and 1: the edges of A
+        parts.append((warp.sample_at(I, warp.scaled(rows, *A.size) - 0.5, "border") * inside).round().byte())
+    aligned = torch.cat(parts, dim=2)[0].movedim(0, -1).squeeze(2)
     Image.fromarray(aligned.numpy()).save(f"{name}_aligned.png")
     print(f"written: {name}_aligned.png, {name}_field.npy, {name}_overlay.png")
 

@@ -193,8 +193,8 @@ def descriptors(I, side):  # MIND of I averaged down by a whole number, to a lon
 
 def unlikeness(a, b, phi):
     """Mean |R_S(a, phi) - b| (B,) of descriptors where a is seen: to push misfits out must not pay."""
-    moved = warp.resample(torch.cat([a, torch.ones_like(a[:, :1])], 1), phi)
-    moved, seen = moved[:, :-1], moved[:, -1:]  # seen: how much of the pixel comes from inside of a
+    with_ones = torch.cat([a, torch.ones_like(a[:, :1])], 1)
+    moved, seen = warp.resample(with_ones, phi).split((8, 1), 1)  # seen: how much comes from inside of a
     return (moved - seen * b).abs().mean(1).sum((1, 2)) / seen.sum((1, 2, 3)).clamp_min(1)
 
 @torch.enable_grad()

@@ -31,8 +31,7 @@ def resample(I, phi, padding="zeros"):
 def norm(v):  # Euclidean, over channels: (B, H, W); `linalg.vector_norm` is many times slower here
     return (v.square().sum(1) + 1e-12).sqrt()  # the summand keeps the gradient finite at 0
 
-def difference(I, dx, dy):
-    """I[v + (dx, dy)] - I[v] wherever both exist; dx is -1, 0 or 1, dy is 0 or 1."""
+def difference(I, dx, dy):  # I[v + (dx, dy)] - I[v] wherever both exist; dx is -1, 0 or 1, dy 0 or 1
     height, width = I.shape[2:]
     here = I[:, :, :height - dy, max(0, -dx):width - max(0, dx)]
     return I[:, :, dy:, max(0, dx):width + min(0, dx)] - here
