@@ -182,10 +182,10 @@ def misaligned(thing, knots, shift):  # moved by a field quadratic in x and in y
 def make_plants(n, size, seed, modality="ir", rig=False):
     """n misaligned pairs; points (n, P, 4): xa, ya, xb, yb in px, NaN if hidden; salient: on the plant."""
     rng, pairs = np.random.default_rng(seed), []
-    bent, fixed, baseline = (0.35, [0.07, 0.04], [0.10, 0]) if rig else (1, 0, 0)  # rig: mostly one offset
+    share, fixed, baseline = (0.35, [0.07, 0.04], [0.10, 0]) if rig else (1, 0, 0)  # rig: mostly one offset
     for _ in range(n):
-        knots = bent * rng.normal(0, BEND, (3, 3, 2))
-        offset = bent * rng.normal(0, SHIFT, 2) + fixed
+        knots = share * rng.normal(0, BEND, (3, 3, 2))
+        offset = share * rng.normal(0, SHIFT, 2) + fixed
         parallax = (not rig) * rng.normal(0, 0.03, 2) + baseline  # times depth - .5: a thing's own shift
         things = sorted(plant_scene(rng), key=lambda thing: thing.depth)  # far ones first
         moved = [misaligned(thing, knots, offset + parallax * (thing.depth - 0.5)) for thing in things]
@@ -343,6 +343,8 @@ def load_hands(o):  # as load_digits: RGB hands (N, 3, S, S), landmarks (N, 34) 
     x, y = load_landmarks(o.data, o.size)
     held_out = torch.arange(len(x)) % 10 == 0  # every tenth image of a folder is the source to measure
     return finish(o, x[~held_out], y[~held_out], {"source": (x[held_out], y[held_out])}, load_landmarks)
+
+LOADERS = {"digits": load_digits, "hands": load_hands}  # by --task
 
 def read_pairs(folder, size, modes):  # a split: A and B of one name, with their landmarks in pixels at `size`
     a, b = (list_images(folder / side) for side in "AB")

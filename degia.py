@@ -77,8 +77,7 @@ def densenet(w):  # three blocks of four layers; a transition after each halves 
 
 BACKBONES = {"lenet": lenet, "alexnet": alexnet, "vgg": vgg, "resnet": resnet, "densenet": densenet}
 
-class TaskNetwork(nn.Module):
-    """M: a backbone, whose output is the template feature, and a last full layer."""
+class TaskNetwork(nn.Module):  # M: a backbone, whose output is the template feature, and a last full layer
     def __init__(self, backbone, width, size, outputs):
         super().__init__()
         self.backbone = BACKBONES[backbone](width)

@@ -294,9 +294,8 @@ def main(argv):
         def refined(I_a, I_b):  # the better of two: from R's phi, found at the size that R knows; from 0
             small = (torch.nn.functional.adaptive_avg_pool2d(I, (o.height, o.width)) for I in (I_a, I_b))
             start = warp.resize_field(R(*small), I_b.shape[2:])
-            fields = torch.stack([geomreg.optimise(I_a, I_b, start), geomreg.optimise(I_a, I_b)])
-            best = torch.stack([geomreg.image_unlikeness(I_a, I_b, phi) for phi in fields]).argmin(0)
-            return fields[best, torch.arange(len(best))]
+            fields = [geomreg.optimise(I_a, I_b, start), geomreg.optimise(I_a, I_b)]
+            return geomreg.best_of(fields, [geomreg.image_unlikeness(I_a, I_b, phi) for phi in fields])
         if args.images:
             return align_files(refined, args.images, folder, modes.values())
         pairs, _ = data.load_pairs(o, modes)
@@ -314,8 +313,7 @@ def main(argv):
             F.to(device).load_state_dict(checkpoint["state"]["F"])
         if args.images:
             return read_files(o, M, args.images, folder)
-        load = data.load_digits if o.task == "digits" else data.load_hands
-        measured = evaluate_degia(M, F, load(o)[2], folder)
+        measured = evaluate_degia(M, F, data.LOADERS[o.task](o)[2], folder)
     print_table({**checkpoint["config"], "steps": checkpoint["step"], **measured})
 
 if __name__ == "__main__":

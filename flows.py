@@ -109,8 +109,7 @@ class Prior(nn.Module):
         centre = probe.mean(0)
         return self.lam * (h - centre) / (probe - centre).square().mean().add(1e-8).sqrt()
 
-    def log_prob(self, z, c, shift=0.0):
-        """log N(z; gamma G_m(c) + shift, G_std(c)^2): (B,) nats."""
+    def log_prob(self, z, c, shift=0.0):  # log N(z; gamma G_m(c) + shift, G_std(c)^2): (B,) nats
         normal = torch.distributions.Normal(self.mean(c) + shift, self.std(c), validate_args=False)
         return normal.log_prob(z).sum(1)  # validation would wait for a GPU
 

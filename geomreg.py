@@ -51,8 +51,7 @@ def pad(I, multiple):
     return nnf.pad(I, (0, -I.shape[3] % multiple, 0, -I.shape[2] % multiple), mode="replicate")
 
 # ---------------------------------------------------------------- networks; a, b: channels of A and B
-class UNet(nn.Module):
-    """R of the paper: a U-Net with residual blocks on the way down and before the output."""
+class UNet(nn.Module):  # R of the paper: a U-Net with residual blocks on the way down and before the output
     def __init__(self, a, b, w):
         super().__init__()
         self.first = conv_relu(a + b, w)
@@ -113,8 +112,7 @@ class Translator(nn.Module):
         height, width = I_a.shape[2:]
         return torch.tanh(self.net(pad(I_a, 8))[..., :height, :width].float())
 
-class Discriminator(nn.Module):
-    """D, that of pix2pix: a logit for each patch of I_a beside I_b or a fake."""
+class Discriminator(nn.Module):  # D, that of pix2pix: a logit for each patch of I_a beside I_b or a fake
     def __init__(self, a, b, w):
         super().__init__()
         self.net = nn.Sequential(conv_relu(a + b, w, 4, stride=2), conv_norm_relu(w, 2 * w, 4, stride=2),
@@ -150,7 +148,7 @@ def correlation(I, J, window):
 
 def edges(I):  # slope of the smoothed grey image (B, 1, H, W), -1 where flat; Canny's has no gradient
     grey = local_mean(I.mean(1, keepdim=True), 5)
-    slope = warp.norm(torch.cat(torch.gradient(grey, dim=(2, 3)), dim=1))[:, None]
+    slope = warp.norm(torch.cat(torch.gradient(grey, dim=(2, 3)), 1))[:, None]
     return 4 * slope - 1  # a step from -1 to 1 makes .6
 
 def mind(I):
@@ -197,6 +195,10 @@ def unlikeness(a, b, phi):
     moved, seen = warp.resample(with_ones, phi).split((8, 1), 1)  # seen: how much comes from inside of a
     return (moved - seen * b).abs().mean(1).sum((1, 2)) / seen.sum((1, 2, 3)).clamp_min(1)
 
+def best_of(fields, losses):  # of several fields (B, 2, H, W), the one of least loss (B,) for each pair
+    best = torch.stack(losses).argmin(0)
+    return torch.stack(fields)[best, torch.arange(len(best))]
+
 @torch.enable_grad()
 def optimise(I_a, I_b, start=None):
     """The phi (B, 2, H, W) of least unlikeness of MIND + 20 bending, by Adam over phi, pair by pair: no T, no
@@ -208,8 +210,7 @@ def optimise(I_a, I_b, start=None):
         coarser = warp.resize_field(phi, b.shape[2:])
         if phi is start:  # the first level: begin at the best of 169 translations and the start
             fields = [warp.scaled(0 * coarser + 1, i % 13 - 6, i // 13 - 6) for i in range(169)] + [coarser]
-            best = torch.stack([unlikeness(a, b, field) for field in fields]).argmin(0)
-            coarser = torch.stack(fields)[best, torch.arange(len(best))]
+            coarser = best_of(fields, [unlikeness(a, b, field) for field in fields])
         change = torch.zeros(len(b), 2, knots, knots, device=b.device, requires_grad=True)
         optimizer = torch.optim.Adam([change], lr=0.5)  # pixels
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.88)  # to .02 in 25 steps

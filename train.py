@@ -37,7 +37,7 @@ def adam(parameters, o, betas=(0.5, 0.999)):  # its rate: constant, then linear 
 # ---------------------------------------------------------------- DeGIA: the min/max loop
 def train_degia(o, checkpoint):
     """Minimize (5) over M and F on a growing training set; maximize (7) over images, which makes it grow."""
-    x_src, y_src, domains = data.load_digits(o) if o.task == "digits" else data.load_hands(o)
+    x_src, y_src, domains = data.LOADERS[o.task](o)
     M, F = degia.build(o, y_src)
     x_src, y_src = x_src.to(device), y_src.to(device)
     c_src = degia.classes_of(y_src, M)
@@ -70,7 +70,7 @@ def train_degia(o, checkpoint):
         x = data.to_float(torch.cat([x_src[i], pool["x"][j]]))
         source = torch.cat([i, pool["source"][j]])
 
-        # ---- minimization, eq. (5): of M and F. F learns the new samples, too: the next ones must be newer
+        # ---- minimization, eq. (5), over M and F. F learns new samples, too: -log p then flees them as well
         with autocast():
             loss = degia.task_loss(M(x)[0], y_src[source]).mean()
         losses = {"task": loss}
@@ -197,8 +197,7 @@ class Run:
             extra.update(checkpoint["extra"])
         self.save()
 
-    def save(self):
-        """Write under a temporary name, then rename: at any moment there is a whole checkpoint."""
+    def save(self):  # under a temporary name, then renamed: at any moment there is a whole checkpoint
         self.saved = time.time()
         content = {"format": evaluation.FORMAT, "config": vars(self.o), "step": self.step, "log": self.rows,
                    "seconds": self.saved - self.began, "extra": self.extra,
@@ -320,6 +319,8 @@ def parse(argv):  # the options o, and the names of those that were given
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     if o.program == "reg" and o.similarity != "translation":  # R alone: no T, no D
         vars(o).update(match=o.similarity, order="register-first", l1="both", adversarial=0, practice=0)
+    if o.program == "degia" and o.flow_size > o.size:
+        raise InputError(f"--flow-size {o.flow_size}: F would see more than there is; lower it to --size")
     if o.program == "degia" and o.method != "pure" and o.steps < o.rounds + 2:
         raise InputError(f"--rounds {o.rounds}: too many for {o.steps} --steps; ask for fewer")
     return o, given
