@@ -94,7 +94,7 @@ def evaluate_degia(M, F, domains, folder):  # measures of M; F's bits per dim on
 
 def picture_new_samples(x_src, pool, per_round, path):  # of each max round, below what they grew from
     rows = {}
-    for k, (x, i) in enumerate(zip(*(part.split(per_round) for part in pool.values())), 1):
+    for k, (x, i) in enumerate(zip(pool["x"].split(per_round), pool["source"].split(per_round)), 1):
         rows |= {f"source {k}": x_src[i[:12]] / 255, f"round {k}": x[:12] / 255}
     save_grid(rows, path)
 

@@ -125,7 +125,7 @@ def train_reg(o, checkpoint):
         losses = {}
         gen = generator(o, step, BATCH)
         i = torch.randint(len(A), (o.batch,), generator=gen, device=device)
-        I_a, I_b = 2 * data.to_float(A[i]) - 1, 2 * data.to_float(B[i]) - 1
+        I_a, I_b = (2 * data.to_float(images[i]) - 1 for images in (A, B))
 
         # ---- one field, two orders
         with autocast():
