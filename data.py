@@ -282,8 +282,8 @@ def read_landmarks(table, columns, sides):
 def load_mnist(folder, split, size):  # images (N, 1, size, size) in [0, 1], labels (N,); plain or .gz
     arrays = []
     for kind, dimensions in (("images-idx3", 3), ("labels-idx1", 1)):
-        path = Path(folder, f"{split}-{kind}-ubyte")
-        path = path if path.exists() else path.with_name(f"{path.name}.gz")
+        plain = Path(folder, f"{split}-{kind}-ubyte")
+        path = plain if plain.exists() else Path(f"{plain}.gz")
         with blaming(f"{path}: damaged or missing", "correct --data, fetch it again, or add --task hands"):
             content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
             magic, *shape = np.frombuffer(content, ">i4", 1 + dimensions)
@@ -348,8 +348,8 @@ LOADERS = {"digits": load_digits, "hands": load_hands}  # by --task
 
 def read_pairs(folder, size, modes):  # a split: A and B of one name, with their landmarks in pixels at `size`
     a, b = (list_images(folder / side) for side in "AB")
-    for stem in a.keys() ^ b.keys():
-        raise InputError(f"{a.get(stem) or b[stem]}: no partner of that name; add one or remove it")
+    if alone := a.keys() ^ b.keys():
+        raise InputError(f"{(a | b)[min(alone)]}: no partner of that name; add one or remove it")
     A, sides_a = read_images(a.values(), size, modes["A"])
     B, sides_b = read_images([b[stem] for stem in a], size, modes["B"])
     table, rows = folder / "landmarks.csv", len(A) * [torch.zeros(0, 4)]

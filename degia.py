@@ -3,8 +3,8 @@
     x, y, c   image (B, 3, H, W) in [0, 1], its target, its class (digits: c = y, hands: the nearest pose)
     x_src     the training image that x grew from
     M         task network; M(x) in eq. (7) is its *template feature*, the input of its last layer
-    F         class-conditional flow of the training set; it sees x averaged down, D numbers
-    P_src     the prior of the class, N(gamma G_m(c), G_std(c)^2);  P_x the Gaussian of z = F(x) over images x
+    F         class-conditional flow of the training set; it averages x down, to D numbers
+    P_src     the prior of the class, N(G_m(c), G_std(c)^2);  P_x the Gaussian of z = F(x) over images x
     min phase, eq. (5):  l = l_task(M(x), y) - log p_X(x, c)
     max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ] }
 What balances what: l_task is of order 1 (hands: .01); -log p, of order D, is divided by D; d and the feature
@@ -89,14 +89,13 @@ class TaskNetwork(nn.Module):  # M: a backbone, whose output is the template fea
         feature = self.backbone(x)
         return self.mean_pose + self.head(feature), feature
 
-def build(o, y=None):
-    """M and F (or None) of options o, untrained; hands get mean_pose and poses from y, or a checkpoint."""
+def build(o, y=None):  # M and F (or None), untrained; hands get mean_pose and poses from y, or a checkpoint
     M = TaskNetwork(o.backbone, o.M_width, o.size, outputs=34 if o.task == "hands" else 10)
     if o.task == "hands" and y is not None:
         M.mean_pose.copy_(y.mean(0))
         M.poses.copy_(k_means(y, len(M.poses)))
     classes = len(M.poses) if o.task == "hands" else 10
-    return M, Flow(3, o.flow_size, classes, lam=o.lam) if o.method == "degia" else None
+    return M, Flow(3, min(o.flow_size, o.size // 4 * 4), classes, lam=o.lam) if o.method == "degia" else None
 
 # ---------------------------------------------------------------- the two objectives
 def task_loss(output, y):
@@ -104,9 +103,6 @@ def task_loss(output, y):
     if y.is_floating_point():
         return (output.float() - y).square().mean(1)
     return nnf.cross_entropy(output.float(), y, reduction="none")
-
-def flow_view(x, F):  # what F sees of x, averaged down: its gradient paints regions instead of noise
-    return nnf.adaptive_avg_pool2d(x.float(), F.shape[1])
 
 def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
     """Eq. (7) summed over images x, ALL of one class c (B,): d is between their P_x and the P_src of that
@@ -117,7 +113,7 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
     feature_distance = (feature.float() - feature_src).square().mean(1)  # no pull in the first step, at x_src
     if F is None:
         return (l_task - alpha * feature_distance).sum()  # adversarial data augmentation (ADA)
-    z, log_det = F(flow_view(x, F), u)
+    z, log_det = F(x, u)
     log_p = F.prior.log_prob(z, c, shift) + log_det
     std = z.var(0, correction=0).add(1e-8).sqrt()  # 1e-8: a single image would get NaN
     d = gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))  # through it, x move together
@@ -138,8 +134,7 @@ def ascend(x_src, objective, K, eta, blur):
 def classes_of(y, M):  # the class c of each target: a digit itself, the nearest of the poses
     return torch.cdist(y, M.poses.to(y)).argmin(1) if y.is_floating_point() else y
 
-def k_means(y, k):
-    """k centres (k, 34) of poses y (N, 34); to start with, each is the pose farthest from those before it."""
+def k_means(y, k):  # k centres of poses y (N, 34); at first, each is the pose farthest from those before it
     centres = y[:1].clone()
     for _ in range(k - 1):
         centres = torch.cat([centres, y[torch.cdist(y, centres).amin(1).argmax(), None]])

@@ -21,7 +21,7 @@ import geomreg
 import warp
 from flows import bits_per_dim
 
-FORMAT = "degia and geomreg, version 2.1"
+FORMAT = "degia and geomreg, version 2.2"
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 bfloat16 = any(torch.cpu.get_capabilities().get(f"{unit}_bf16") for unit in ("amx", "avx512"))
 if device.type == "cuda":
@@ -32,8 +32,8 @@ def autocast():  # bfloat16 for layers where the hardware itself multiplies it; 
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 def save_grid(rows, path, outputs=None):  # {label: images in [0, 1]}; on them [(M(x), y), ...] of each row
-    columns = max(map(len, rows.values()))
-    width = max(128, min(384, 1536 // columns))
+    columns = min(8, max(map(len, rows.values())))  # more are left out
+    width = min(384, 1536 // columns)
     *_, h, w = next(iter(rows.values())).shape
     height = max(1, width * h // w)
     margin = 12 + 7 * max(map(len, rows))
@@ -41,7 +41,7 @@ def save_grid(rows, path, outputs=None):  # {label: images in [0, 1]}; on them [
     for i, (label, images) in enumerate(rows.items()):
         top = i * (height + 4)
         ImageDraw.Draw(sheet).text((4, top + height // 2), label, "black", anchor="lm", font_size=14)
-        pixels = data.to_uint8(images).expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()
+        pixels = data.to_uint8(images[:8]).expand(-1, 3, -1, -1).movedim(1, -1).cpu().numpy()
         for j, image in enumerate(pixels):
             picture = Image.fromarray(image).resize((width, height), Image.BOX)
             pen = ImageDraw.Draw(picture)
@@ -77,26 +77,18 @@ def evaluate_degia(M, F, domains, folder):  # measures of M; F's bits per dim on
                              "pck": 100 * (error < 0.05).float().mean().item()}
         else:
             results[name] = {"accuracy": 100 * (output.argmax(1) == y).float().mean().item()}
-        rows[name] = images[:12] / 255
+        rows[name] = images[:8] / 255
         outputs.append(list(zip(output, y)))
     save_grid(rows, folder / "domains.png", outputs)
     if F is None:
         return {"domains": results}
-    classes = torch.arange(F.prior.G_m.num_embeddings, device=device).repeat_interleave(12)
-    samples = F.sample(classes, torch.Generator(device).manual_seed(0)).split(12)
+    classes = torch.arange(F.prior.G_m.num_embeddings, device=device).repeat_interleave(8)
+    samples = F.sample(classes, torch.Generator(device).manual_seed(0)).split(8)
     save_grid({f"F, class {c}": images for c, images in enumerate(samples)}, folder / "flow.png")
-    bits, gen = [], torch.Generator(device).manual_seed(0)
-    for x, y in zip(*(tensor.split(500) for tensor in domains["source"])):  # all at once can need gigabytes
-        x = degia.flow_view(data.to_float(x.to(device)), F)
-        u = torch.rand(x.shape, generator=gen, device=device)  # now in float32, no noise shift of the prior
-        bits.append(bits_per_dim(F.log_prob(x, degia.classes_of(y, M).to(device), u), F.dim))
-    return {"domains": results, "bits_per_dim": torch.cat(bits).mean().item()}
-
-def picture_new_samples(x_src, pool, per_round, path):  # of each max round, below what they grew from
-    rows = {}
-    for k, (x, i) in enumerate(zip(pool["x"].split(per_round), pool["source"].split(per_round)), 1):
-        rows |= {f"source {k}": x_src[i[:12]] / 255, f"round {k}": x[:12] / 255}
-    save_grid(rows, path)
+    x, y = (tensor[:2000].to(device) for tensor in domains["source"])  # more of them could need gigabytes
+    u = torch.rand(len(x), *F.shape, generator=torch.Generator(device).manual_seed(0), device=device)
+    log_p = F.log_prob(data.to_float(x), degia.classes_of(y, M), u)  # in float32, no noise shift of the prior
+    return {"domains": results, "bits_per_dim": bits_per_dim(log_p, F.dim).mean().item()}
 
 @torch.no_grad()
 def landmark_errors(register, pairs, n=None):
@@ -127,8 +119,7 @@ def evaluate_reg(R, pairs, folder):  # of the test pairs and of 100 training pai
     picture_pairs(*fields, folder / "pairs.png")
     return results | {"registered_train": landmark_errors(R, pairs["train"], 100)[0]["registered"]}
 
-def picture_pairs(phi, I_a, I_b, path):  # figure 4, a column for each of up to 8 pairs
-    phi, I_a, I_b = phi[:8], I_a[:8], I_b[:8]
+def picture_pairs(phi, I_a, I_b, path):  # figure 4, a column for each pair
     moved = warp.resample(I_a, phi, "border")
     places = warp.pixel_grid(*phi.shape[2:], like=phi) + phi
     lines = (places % max(4, phi.shape[3] // 8) < 1.4).any(1, keepdim=True).float()
@@ -165,9 +156,8 @@ def read_files(o, M, files, folder):  # print the digits, or write the landmarks
     output = predict(M, images)
     found = output.argmax(1) if o.task == "digits" else output
     name = unused(folder, "images", (".png", "_landmarks.csv"))
-    starts = range(0, len(files), 12)  # twelve a row, which is named by the number of its first
-    save_grid({f"{k + 1}": images[k:k + 12] / 255 for k in starts}, f"{name}.png",
-              [[*zip(output[k:k + 12], found[k:k + 12])] for k in starts])
+    save_grid({f"{8 * i + 1}": part / 255 for i, part in enumerate(images.split(8))}, f"{name}.png",
+              [[*zip(*parts)] for parts in zip(output.split(8), found.split(8))])  # eight a row
     if o.task == "digits":
         return print(f"written: {name}.png", *map("{}: {}".format, files, found), sep="\n")
     pixels = (output.view(-1, 17, 2) * torch.tensor(sides)[:, None] - 0.5).flatten(1).tolist()
@@ -186,7 +176,7 @@ def align_files(register, pair, folder, modes=(None, None)):
     print(f"aligning {pair[0]} to {pair[1]} at {size[1]} x {size[0]} pixels: some seconds")
     phi = autocast()(register)(I_a, I_b)
     gain = 1 - (geomreg.image_unlikeness(I_a, I_b, phi) / geomreg.image_unlikeness(I_a, I_b, 0 * phi)).item()
-    found = gain > 0.005 and geomreg.is_match(I_a, I_b, phi, 0 * phi).item()
+    found = geomreg.is_match(I_a, I_b, phi, 0 * phi).item()
     phi = phi * found
     print(f"they match {gain:.0%} better than before" if found else "no better match was found: A stays")
 

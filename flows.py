@@ -1,6 +1,6 @@
 """The class-conditional normalizing flow F of DeGIA: an invertible map and a prior, eq. (2), (8).
 
-    x     image (B, C, S, S) in [0, 1], S a multiple of 4
+    x     image (B, C, S, S) in [0, 1], S a multiple of 4; larger ones are averaged down to that size
     u     dequantization noise (B, C, S, S), U[0, 1): y = (255 x + u) / 256 has a density, x has not
     z     latent code (B, D), z = F(x), D = C S^2: the parts that all levels leave behind, side by side
     c, n  class (B,), int64; noise (B, NOISE_DIM), N(0, I), of the random shift of the prior's mean
@@ -26,14 +26,11 @@ class ActNorm(nn.Module):
         super().__init__()
         self.shift = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.log_scale = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.register_buffer("is_set", torch.tensor(False))  # a buffer: a reloaded layer stays as it is
 
     @torch.no_grad()
     def initialise(self, x):
-        if not self.is_set:
-            self.shift.copy_(x.mean((0, 2, 3), keepdim=True))
-            self.log_scale.copy_(-torch.log(x.std((0, 2, 3), keepdim=True) + 1e-3))
-            self.is_set.fill_(True)
+        self.shift.copy_(x.mean((0, 2, 3), keepdim=True))
+        self.log_scale.copy_(-torch.log(x.std((0, 2, 3), keepdim=True) + 1e-3))
 
     def forward(self, x):
         return torch.exp(self.log_scale) * (x - self.shift), x[0, 0].numel() * self.log_scale.sum()
@@ -82,13 +79,13 @@ class AffineCoupling(nn.Module):
         return torch.cat([y_a, torch.exp(-s) * (y_b - t)], dim=1)
 
 class Prior(nn.Module):
-    """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = gamma G_m(c) + lambda H_m(n), Sigma_c = diag(G_std(c)^2).
-    G_m and G_std are tables, a row per class. H_m(n), a random shift of the mean, lets p_Z cover more than
-    the images seen. Maximum likelihood would cancel it: by H_m near 0, so `shift` fixes its size; or by a
-    G_std beside which no shift matters, so `std` bounds it."""
-    def __init__(self, dim, classes, gamma=1.0, lam=0.1):
+    """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = G_m(c) + lambda H_m(n), Sigma_c = diag(G_std(c)^2). The paper's
+    gamma G_m(c) is a row of a learned table: gamma = 1. H_m(n), a random shift of the mean, lets p_Z cover
+    more than the images seen. Maximum likelihood would cancel it: by H_m near 0, so `shift` fixes its size;
+    or by a G_std beside which no shift matters, so `std` bounds it."""
+    def __init__(self, dim, classes, lam=0.1):
         super().__init__()
-        self.gamma, self.lam = gamma, lam
+        self.lam = lam
         self.G_m = nn.Embedding(classes, dim)
         self.log_G_std = nn.Embedding(classes, dim)
         self.H_m = nn.Sequential(nn.Linear(NOISE_DIM, 64), nn.Tanh(), nn.Linear(64, dim, bias=False))
@@ -97,7 +94,7 @@ class Prior(nn.Module):
         self.register_buffer("probe", torch.randn(256, NOISE_DIM, generator=torch.Generator().manual_seed(0)))
 
     def mean(self, c):
-        return self.gamma * self.G_m(c)  # (B, D), without the shift
+        return self.G_m(c)  # (B, D), without the shift
 
     def std(self, c):  # G_std(c) (B, D): exp of the table log_G_std after bounding it to [-2, .5]
         return torch.exp(LOG_STD_MIDDLE + bounded(self.log_G_std(c) - LOG_STD_MIDDLE, LOG_STD_RADIUS))
@@ -109,13 +106,13 @@ class Prior(nn.Module):
         centre = probe.mean(0)
         return self.lam * (h - centre) / (probe - centre).square().mean().add(1e-8).sqrt()
 
-    def log_prob(self, z, c, shift=0.0):  # log N(z; gamma G_m(c) + shift, G_std(c)^2): (B,) nats
+    def log_prob(self, z, c, shift=0.0):  # log N(z; G_m(c) + shift, G_std(c)^2): (B,) nats
         normal = torch.distributions.Normal(self.mean(c) + shift, self.std(c), validate_args=False)
         return normal.log_prob(z).sum(1)  # validation would wait for a GPU
 
 class Flow(nn.Module):
     """F: squeezed logit; at each level squeeze, `steps` x (ActNorm, 1x1, coupling), leave half behind."""
-    def __init__(self, channels, size, classes, levels=2, steps=4, gamma=1.0, lam=0.1, hidden=64):
+    def __init__(self, channels, size, classes, levels=2, steps=4, lam=0.1, hidden=64):
         super().__init__()
         self.shape = (channels, size, size)
         self.dim = channels * size * size
@@ -129,9 +126,10 @@ class Flow(nn.Module):
             self.levels.append(layers)
             channels = channels // 2 if level < levels - 1 else channels  # half is left behind
             self.latent_shapes.append((channels, size, size))
-        self.prior = Prior(self.dim, classes, gamma, lam)
+        self.prior = Prior(self.dim, classes, lam)
 
     def forward(self, x, u, initialise=False):  # z = F(x) (B, D), log |det dz/dy| (B,); first, sets ActNorms
+        x = nn.functional.adaptive_avg_pool2d(x, self.shape[1:])  # an ascent then paints regions, not noise
         squeezed = EPS + (1 - 2 * EPS) * (255 * x + u) / 256  # y, squeezed into [EPS, 1 - EPS]
         h = torch.logit(squeezed)  # dh/dy = (1 - 2 EPS) / (squeezed (1 - squeezed)): its log follows
         log_det = (math.log(1 - 2 * EPS) - torch.log(squeezed) - torch.log1p(-squeezed)).sum((1, 2, 3))

@@ -19,8 +19,7 @@ MEASURES = ("l1", "correlation", "ncc", "ncc-edges", "mind")
 LEVELS = ((64, 2), (64, 3), (128, 3), (128, 4), (128, 6), (256, 8))  # of `optimise`: longest side, knots
 
 # ---------------------------------------------------------------- layers; w is a width
-def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):
-    """A convolution; odd kernels keep the size, or divide it by stride. Kaiming's weights, times scale."""
+def conv(c_in, c_out, kernel=3, stride=1, bias=True, scale=1.0):  # with Kaiming's weights, times scale
     layer = nn.Conv2d(c_in, c_out, kernel, stride, (kernel - 1) // 2, bias=bias)
     nn.init.kaiming_normal_(layer.weight, a=SLOPE)
     layer.weight.data *= scale
@@ -46,8 +45,7 @@ class Residual(nn.Module):  # x + f(x), f two convolutions with InstanceNorm
     def forward(self, x):
         return x + self.f(x)
 
-def pad(I, multiple):
-    """I, last row and column repeated to multiples, so large that no InstanceNorm sees a single pixel."""
+def pad(I, multiple):  # repeats last row and column to a size at which no InstanceNorm sees a single pixel
     return nnf.pad(I, (0, -I.shape[3] % multiple, 0, -I.shape[2] % multiple), mode="replicate")
 
 # ---------------------------------------------------------------- networks; a, b: channels of A and B
@@ -71,8 +69,7 @@ class UNet(nn.Module):  # R of the paper: a U-Net with residual blocks on the wa
             x = up(torch.cat([nnf.interpolate(x, scale_factor=2, mode="bilinear"), skips.pop()], 1))
         return self.last(x)[..., :height, :width].float()
 
-class Pyramid(nn.Module):
-    """R from coarse to fine: warp A's features by phi, compare them with B's, correct phi."""
+class Pyramid(nn.Module):  # R, coarse to fine: warp A's features by phi, compare them with B's, correct phi
     def __init__(self, a, b, w):
         super().__init__()
         def encoder(c_in):
@@ -96,8 +93,7 @@ class Pyramid(nn.Module):
                 phi = phi + correct(torch.cat([warp.resample(a, phi, "border"), b, phi], 1)).float()
         return warp.resize_field(phi, pad(I_a, 8).shape[2:])[..., :height, :width]
 
-class Translator(nn.Module):
-    """T: the CycleGAN generator. Without blocks it is two 3x3 convolutions, which hardly move anything."""
+class Translator(nn.Module):  # T: CycleGAN's generator, or, without blocks, what can hardly move anything
     def __init__(self, a, b, w, blocks):
         super().__init__()
         if blocks == 0:
@@ -133,13 +129,11 @@ def adversarial(logits, real):
     fakes called real: minimizing what D maximizes would give no gradient from a D that is sure."""
     return nnf.softplus(-logits if real else logits).mean()
 
-def local_mean(I, window):
-    """Means over windows around each pixel; of (B C, H, W), as one channel in channels_last is slow."""
+def local_mean(I, window):  # around each pixel; of (B C, H, W), as one channel in channels_last is slow
     means = nnf.avg_pool2d(I.flatten(0, 1), window, 1, window // 2, count_include_pad=False)
     return means.view(I.shape)
 
-def correlation(I, J, window):
-    """Local correlation at every pixel, in [-1, 1]; nearly 0 where one is flat, its deviation below 0.1."""
+def correlation(I, J, window):  # at every pixel, in [-1, 1]; nearly 0 where one deviates by less than 0.1
     mean_i, mean_j = local_mean(I, window), local_mean(J, window)
     var_i = (local_mean(I * I, window) - mean_i * mean_i).clamp_min(0)
     var_j = (local_mean(J * J, window) - mean_j * mean_j).clamp_min(0)
@@ -185,12 +179,12 @@ def distance(measure, I, J, window, scales):
     return total / scales
 
 # ---------------------------------------------------------------- phi of one pair, without training
-def descriptors(I, side):  # MIND of I averaged down by a whole number, to a longest side of about `side`
-    scale = max(1, round(max(I.shape[2:]) / side))
-    return mind(nnf.adaptive_avg_pool2d(I, [max(1, n // scale) for n in I.shape[2:]]))
+def descriptors(images, side):  # MIND of each, averaged down by a whole number, to a longest side near `side`
+    scale = max(1, round(max(images[0].shape[2:]) / side))
+    size = [max(1, n // scale) for n in images[0].shape[2:]]
+    return [mind(nnf.adaptive_avg_pool2d(I, size)) for I in images]
 
-def unlikeness(a, b, phi):
-    """Mean |R_S(a, phi) - b| (B,) of descriptors where a is seen: to push misfits out must not pay."""
+def unlikeness(a, b, phi):  # mean |R_S(a, phi) - b| (B,) where a is seen: to push misfits out must not pay
     with_ones = torch.cat([a, torch.ones_like(a[:, :1])], 1)
     moved, seen = warp.resample(with_ones, phi).split((8, 1), 1)  # seen: how much comes from inside of a
     return (moved - seen * b).abs().mean(1).sum((1, 2)) / seen.sum((1, 2, 3)).clamp_min(1)
@@ -206,7 +200,7 @@ def optimise(I_a, I_b, start=None):
     What matches no better than at the start, or hardly better than with B mirrored, gets its start back."""
     phi = start = I_b.new_zeros(len(I_b), 2, *I_b.shape[2:]) if start is None else start
     for side, knots in LEVELS:
-        a, b = descriptors(I_a, side), descriptors(I_b, side)
+        a, b = descriptors((I_a, I_b), side)
         coarser = warp.resize_field(phi, b.shape[2:])
         if phi is start:  # the first level: begin at the best of 169 translations and the start
             fields = [warp.scaled(0 * coarser + 1, i % 13 - 6, i // 13 - 6) for i in range(169)] + [coarser]
@@ -225,7 +219,7 @@ def optimise(I_a, I_b, start=None):
     return torch.where(is_match(I_a, I_b, phi, start)[:, None, None, None], phi, start)
 
 def image_unlikeness(I_a, I_b, phi):  # of two images, at one size for all, so that its values compare
-    a, b = descriptors(I_a, 128), descriptors(I_b, 128)
+    a, b = descriptors((I_a, I_b), 128)
     return unlikeness(a, b, warp.resize_field(phi, b.shape[2:]))
 
 def is_match(I_a, I_b, phi, start):  # (B,): better than `start`, 12 % better than with B mirrored: chance

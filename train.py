@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import sqlite3
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -20,11 +21,15 @@ import degia
 import eval as evaluation
 import geomreg
 import warp
-from data import InputError
 from eval import autocast, device
 from flows import NOISE_DIM, bits_per_dim
 
-BATCH, PICKED, ASCENT, FIRST = range(4)  # what is random in a step; each has a stream of its own
+rank = int(os.environ.get("RANK", 0))  # torchrun says which of how many processes this is; they differ in
+processes = int(os.environ.get("WORLD_SIZE", 1))  # their batches alone, and average their gradients
+if device.type == "cuda":
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+PICKED, ASCENT, FIRST = 1, 2, 3  # what is random in a step; each has a stream of its own, and
+BATCH = 4 * rank  # each process draws its own batches
 
 def generator(o, step, stream):  # by seed, step and stream: a resumed run needs no random state
     seed = np.random.SeedSequence((o.seed, step, stream)).generate_state(1).item()  # mixed well, to 32 bits
@@ -33,6 +38,14 @@ def generator(o, step, stream):  # by seed, step and stream: a resumed run needs
 def adam(parameters, o, betas=(0.5, 0.999)):  # its rate: constant, then linear to 0 over the second half
     optimizer = torch.optim.Adam(parameters, o.lr, betas, fused=True)
     return optimizer, LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / o.steps))
+
+def average_gradients(optimizer):  # over all processes, in one message; so equal networks stay equal
+    if processes > 1:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        mean = torch.cat([grad.flatten() for grad in grads]) / processes
+        torch.distributed.all_reduce(mean)
+        for grad, part in zip(grads, mean.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view(grad.shape))
 
 # ---------------------------------------------------------------- DeGIA: the min/max loop
 def train_degia(o, checkpoint):
@@ -44,8 +57,8 @@ def train_degia(o, checkpoint):
     groups = [{"params": M.to(device, memory_format=torch.channels_last).parameters()}]
     if F is not None:
         groups.append({"params": F.to(device).parameters(), "lr": o.flow_lr})
-        first = degia.flow_view(data.to_float(x_src[:512]), F)  # ActNorm sets itself from these
-        F(first, torch.rand(first.shape, generator=generator(o, 0, FIRST), device=device), initialise=True)
+        u = torch.rand(min(512, len(x_src)), *F.shape, generator=generator(o, 0, FIRST), device=device)
+        F(data.to_float(x_src[:512]), u, initialise=True)  # ActNorm sets itself from these
     optimizer, scheduler = adam(groups, o, (0.9, 0.999))
     pool = {"x": x_src[:0], "source": torch.arange(0, device=device)}  # new samples grown from x_src[source]
     run = Run(o, checkpoint, pool, M=M, F=F, optimizer=optimizer, scheduler=scheduler)
@@ -60,7 +73,8 @@ def train_degia(o, checkpoint):
             pool["x"] = torch.cat([pool["x"], new])
             pool["source"] = torch.cat([pool["source"], picked])
             run.saved = 0  # so `log` saves after this step; a save here would make --resume repeat the phase
-            evaluation.picture_new_samples(x_src, pool, count, run.folder / "new_samples.png")
+            shown = {"source": x_src[picked[:8]] / 255, "new": new[:8] / 255}
+            evaluation.save_grid(shown, run.folder / f"new_samples_{step}.png")
 
         # ---- a batch of originals and, once there are any, new samples, with the labels of their source
         random = {"generator": generator(o, step, BATCH), "device": device}  # each draw moves it on
@@ -73,16 +87,16 @@ def train_degia(o, checkpoint):
         # ---- minimization, eq. (5), over M and F. F learns new samples, too: -log p then flees them as well
         with autocast():
             loss = degia.task_loss(M(x)[0], y_src[source]).mean()
-        losses = {"task": loss}
-        if F is not None:
-            u = torch.rand(o.batch, *F.shape, **random)  # dequantizes x, eq. (2)
-            n = torch.randn(o.batch, NOISE_DIM, **random)  # shifts the prior, eq. (8)
-            with autocast():
-                log_p = F.log_prob(degia.flow_view(x, F), c_src[source], u, F.prior.shift(n)).mean()
-            loss = loss - log_p / F.dim  # M and F share no parameter: / D matters in (7), and for clipping
-            losses["bits_per_dim"] = bits_per_dim(log_p, F.dim)
+            losses = {"task": loss}
+            if F is not None:
+                u = torch.rand(o.batch, *F.shape, **random)  # dequantizes x, eq. (2)
+                n = torch.randn(o.batch, NOISE_DIM, **random)  # shifts the prior, eq. (8)
+                log_p = F.log_prob(x, c_src[source], u, F.prior.shift(n)).mean()
+                losses["bits_per_dim"] = bits_per_dim(log_p, F.dim)
+                loss = loss - log_p / F.dim  # M and F share nothing: / D matters in (7), and for clipping
         optimizer.zero_grad()
         loss.backward()
+        average_gradients(optimizer)
         if F is not None:  # log-densities of images never seen have huge gradients
             torch.nn.utils.clip_grad_norm_(F.parameters(), 10.0)
         optimizer.step()
@@ -116,7 +130,8 @@ def train_reg(o, checkpoint):
     R, T, D = geomreg.build(o, A.shape[1], B.shape[1])
     for net in filter(None, (R, T, D)):
         net.to(device, memory_format=torch.channels_last)
-    trained = {"R": [*R.parameters()], "T": [*T.parameters()], "both": [*R.parameters(), *T.parameters()]}
+    trained = {"R": [*R.parameters()], "T": [*T.parameters()]}
+    trained["both"] = trained["R"] + trained["T"]
     opt_RT, lr_RT = adam(trained["both"], o)
     opt_D, lr_D = adam(D.parameters(), o) if D is not None else (None, None)
     run = Run(o, checkpoint, modes, R=R, T=T, D=D, opt_RT=opt_RT, opt_D=opt_D, lr_RT=lr_RT, lr_D=lr_D)
@@ -143,6 +158,7 @@ def train_reg(o, checkpoint):
                     losses["D"] += geomreg.adversarial(D(I_a, O.detach()), real=False)
             opt_D.zero_grad()
             losses["D"].backward()
+            average_gradients(opt_D)
             opt_D.step()
             lr_D.step()
             with autocast():
@@ -164,6 +180,7 @@ def train_reg(o, checkpoint):
         if o.l1 != "both":  # or this one; what is left below trains both
             terms.pop("recon").backward(inputs=trained[o.l1], retain_graph=True)
         sum(terms.values()).backward(inputs=trained["both"])  # not D's parameters
+        average_gradients(opt_RT)
         for which in ("R", "T"):
             torch.nn.utils.clip_grad_norm_(trained[which], 10.0)  # a field that jumps has huge gradients
         opt_RT.step()
@@ -180,8 +197,7 @@ def practice(R, I_a, T_a, gen):  # not in the paper: R's error on T(A) warped by
     with autocast():
         return warp.norm(R(I_a, picture) - known).mean() / I_a.shape[3]
 
-class Run:
-    """config.json, log.csv, checkpoint.pt, results.json. parts: all that has a state_dict; extra: a dict."""
+class Run:  # config.json, log.csv, checkpoint.pt, results.json; parts: all with a state_dict; extra: a dict
     def __init__(self, o, checkpoint, extra, **parts):
         self.o, self.folder, self.extra = o, Path(o.out), extra
         self.parts = {name: part for name, part in parts.items() if part is not None}
@@ -221,8 +237,8 @@ class Run:
         values, self.recent = torch.stack(self.recent).cpu(), []
         if not values.isfinite().all():
             i, j = torch.nonzero(~values.isfinite())[0].tolist()
-            raise InputError(f"step {self.step - len(values) + 1 + i}: {list(losses)[j]} is {values[i, j]}; "
-                             "try again with a lower --lr")
+            raise data.InputError(f"step {self.step - len(values) + 1 + i}: {list(losses)[j]} is "
+                                  f"{values[i, j]}; try again with a lower --lr")
         means = dict(zip(losses, values.mean(0).tolist()))
         seconds = time.time() - self.began
         self.rows.append({"step": self.step, **means, "seconds": seconds})
@@ -241,8 +257,7 @@ class Run:
         self.lock.close()
         (self.folder / "lock").unlink()
 
-# ---------------------------------------------------------------- options
-# What --task hands changes; --paper: the papers' values, unstated sizes ours. Explicit options win over both.
+# ------------------------------ what --task hands changes, and --paper (unstated sizes are ours); options win
 HANDS = dict(out="runs/hands", M_width=32, size=64, steps=1600, batch=64, beta=0.1667, share=1 / 8, eta=0.2,
              blur=9, flow_size=4)
 PAPER_DEGIA = dict(batch=128, lr=1e-4, flow_lr=1e-4, alpha=1, lam=0.1)
@@ -290,7 +305,7 @@ def parse(argv):  # the options o, and the names of those that were given
     add("--eta", type=weight, default=0.4, help="largest root mean square change of an ascent step")
     add("--alpha", type=weight, default=1.0, help="weight of the two distances in (7)")
     add("--lam", type=weight, default=0.1, help="scale lambda of the noise shift in (8)")
-    add("--flow-size", type=int, choices=(4, 8, 16, 28, 32), default=8, help="side of the image that F sees")
+    add("--flow-size", type=int, choices=(4, 8, 16, 28, 32), default=8, help="side of the image in F")
     programs.choices["reg"].set_defaults(task="reg", unseen=[], train=3000, steps=1600, batch=16, lr=3e-3)
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
@@ -319,10 +334,8 @@ def parse(argv):  # the options o, and the names of those that were given
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     if o.program == "reg" and o.similarity != "translation":  # R alone: no T, no D
         vars(o).update(match=o.similarity, order="register-first", l1="both", adversarial=0, practice=0)
-    if o.program == "degia" and o.flow_size > o.size:
-        raise InputError(f"--flow-size {o.flow_size}: F would see more than there is; lower it to --size")
     if o.program == "degia" and o.method != "pure" and o.steps < o.rounds + 2:
-        raise InputError(f"--rounds {o.rounds}: too many for {o.steps} --steps; ask for fewer")
+        raise data.InputError(f"--rounds {o.rounds}: too many for {o.steps} --steps; ask for fewer")
     return o, given
 
 def check_folder(o):  # new or empty, and never among the data: so nothing can be overwritten
@@ -351,12 +364,20 @@ def main(argv):
         config = {**checkpoint["config"], "out": o.out, "resume": True}
         for name in given - {"data", "unseen"}:
             if config[name] != vars(o)[name]:
-                raise InputError(f"{o.out}: has another --{name.replace('_', '-')}, {config[name]}; omit it")
+                option = name.replace("_", "-")
+                raise data.InputError(f"{o.out}: has another --{option}, {config[name]}; omit it")
         o = argparse.Namespace(**config | {name: vars(o)[name] for name in given})
         if fingerprint(o) != o.files:
-            raise InputError(f"{o.data}: these files, or --unseen's, are not those of the run; restore them")
+            raise data.InputError(f"{o.data}: these files, or --unseen's, are not those of the run")
     torch.manual_seed(o.seed)  # for the first values of the networks
+    if processes > 1:  # waits until all have come so far; NCCL wants a GPU for each
+        torch.distributed.init_process_group("nccl" if processes <= torch.cuda.device_count() else "gloo")
+    if rank > 0:  # does all that the first does, but silently, and in a folder of its own
+        o.out, sys.stdout = f"{o.out}/rank{rank}", open(os.devnull, "w")
     {"degia": train_degia, "reg": train_reg}[o.program](o, checkpoint)
+    if processes > 1:
+        torch.distributed.barrier()  # none may leave while another still talks to it
+        torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
     evaluation.exit_on_bad_input(main)

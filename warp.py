@@ -31,10 +31,9 @@ def resample(I, phi, padding="zeros"):
 def norm(v):  # Euclidean, over channels: (B, H, W); `linalg.vector_norm` is many times slower here
     return (v.square().sum(1) + 1e-12).sqrt()  # the summand keeps the gradient finite at 0
 
-def difference(I, dx, dy):  # I[v + (dx, dy)] - I[v] wherever both exist; dx is -1, 0 or 1, dy 0 or 1
-    height, width = I.shape[2:]
-    here = I[:, :, :height - dy, max(0, -dx):width - max(0, dx)]
-    return I[:, :, dy:, max(0, dx):width + min(0, dx)] - here
+def differences(I):  # between neighbours: along x, along y and both diagonals, each pair of pixels once
+    diagonal = I[..., 1:, 1:] - I[..., :-1, :-1]
+    return I.diff(dim=3), I.diff(dim=2), diagonal, I[..., 1:, :-1] - I[..., :-1, 1:]
 
 def scaled(phi, x, y):  # its two channels, multiplied by numbers: a tensor of them would travel to the GPU
     return torch.stack([x * phi[:, 0], y * phi[:, 1]], dim=1)
@@ -46,15 +45,14 @@ def smoothness(phi, O_s, alpha):
     height, width = phi.shape[2:]
     phi = scaled(phi, 2 / max(width - 1, 1), 2 / max(height - 1, 1))
     total = 0.0
-    for dx, dy in ((1, 0), (0, 1), (1, 1), (-1, 1)):  # each pair of neighbours once
-        B = torch.exp(-alpha * norm(difference(O_s.detach(), dx, dy)))  # eq. (3)
-        total += (B * norm(difference(phi, dx, dy))).sum()
+    for d_phi, d_O in zip(differences(phi), differences(O_s.detach())):
+        B = torch.exp(-alpha * norm(d_O))  # eq. (3)
+        total += (B * norm(d_phi)).sum()
     mean = 2 * total / (len(phi) * height * width)  # a pair counts for u and for v
     return mean * width / 256  # cancels that 1/W: one lambda_S fits all widths; 256 is the paper's
 
 def bending(phi):  # (B,) mean squared second difference along x and along y
-    second = (difference(difference(phi, *step), *step) for step in ((1, 0), (0, 1)))
-    return sum(d.square().sum((1, 2, 3)) for d in second) / phi[0].numel()
+    return sum(phi.diff(2, dim).square().sum((1, 2, 3)) for dim in (2, 3)) / phi[0].numel()
 
 def resize_field(phi, size):  # for an image of another size (H, W); half-pixel centres, as Pillow has them
     height, width = phi.shape[2:]
@@ -77,6 +75,6 @@ def warp_points(points, phi, iterations=200):
     return torch.where(norm(left_over)[:, None] < 0.1, q, torch.nan)[..., 0].transpose(1, 2)
 
 def jacobian_determinant(phi):  # of v + phi: (B, H-1, W-1), forward differences; at 0 and below phi folds
-    x_dx, y_dx = difference(phi, 1, 0)[:, :, :-1].unbind(1)
-    x_dy, y_dy = difference(phi, 0, 1)[..., :-1].unbind(1)
+    x_dx, y_dx = phi.diff(dim=3)[:, :, :-1].unbind(1)
+    x_dy, y_dy = phi.diff(dim=2)[..., :-1].unbind(1)
     return (1 + x_dx) * (1 + y_dy) - y_dx * x_dy
