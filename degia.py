@@ -1,4 +1,4 @@
-"""DeGIA: the task network M in five backbones, and the objectives of the two phases.
+"""DeGIA: the task network M in five backbones, the task losses, the objective of the max phase, its ascent.
 
     x, y, c   image (B, 3, H, W) in [0, 1], its target, its class (digits: c = y, hands: the nearest pose)
     x_src     the training image that x grew from
@@ -8,8 +8,8 @@
     min phase, eq. (5):  l = l_task(M(x), y) - log p_X(x, c)
     max phase, eq. (7):  x <- argmax_x { l - alpha [ d(P_x, P_src) + ||M(x) - M(x_src)||^2 ] }
 What balances what: l_task is of order 1 (hands: .01); -log p, of order D, is divided by D; d and the feature
-distance are means per dimension. Where G_std is 1, maximizing -log p_Z / D, half the mean square of z - mu,
-drives the mean of z away from the prior's mean mu; alpha d pulls it back, and wins only if alpha > 1/2."""
+distance are means per dimension. With G_std = 1 and z of mean m, -log p_Z / D grows like (m - mu)^2 / 2, but
+alpha d like alpha (m - mu)^2, mu the prior's mean: alpha < 1/2 lets m run away, alpha > 1/2 holds it back."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -89,7 +89,7 @@ class TaskNetwork(nn.Module):  # M: a backbone, whose output is the template fea
         feature = self.backbone(x)
         return self.mean_pose + self.head(feature), feature
 
-def build(o, y=None):  # M and F (or None), untrained; hands get mean_pose and poses from y, or a checkpoint
+def build(o, y=None):  # M; F (side at most --size) or None; untrained. Hands' poses: of y, or a checkpoint's
     M = TaskNetwork(o.backbone, o.M_width, o.size, outputs=34 if o.task == "hands" else 10)
     if o.task == "hands" and y is not None:
         M.mean_pose.copy_(y.mean(0))
@@ -97,7 +97,7 @@ def build(o, y=None):  # M and F (or None), untrained; hands get mean_pose and p
     classes = len(M.poses) if o.task == "hands" else 10
     return M, Flow(3, min(o.flow_size, o.size // 4 * 4), classes, lam=o.lam) if o.method == "degia" else None
 
-# ---------------------------------------------------------------- the two objectives
+# ---------------------------------------------------------------- task losses, and the max phase
 def task_loss(output, y):
     """l_task (B,): squared error of landmarks y (B, 34), eq. (1), per coordinate; cross-entropy of digits."""
     if y.is_floating_point():
@@ -116,8 +116,8 @@ def max_objective(x, y, c, M, F, feature_src, u, shift, alpha):
     z, log_det = F(x, u)
     log_p = F.prior.log_prob(z, c, shift) + log_det
     std = z.var(0, correction=0).add(1e-8).sqrt()  # 1e-8: a single image would get NaN
-    d = gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))  # through it, x move together
-    return (l_task - alpha * feature_distance - log_p / F.dim - alpha * d).sum()  # d counts B times
+    d = gaussian_w2(z.mean(0), std, F.prior.mean(c[0]), F.prior.std(c[0]))  # one number, of all x together
+    return (l_task - alpha * feature_distance - log_p / F.dim - alpha * d).sum()  # d counts for each x
 
 def ascend(x_src, objective, K, eta, blur):
     """K steps x <- clamp(x + eta g / rms(g)) from x_src; g: the gradient, averaged over blur x blur windows.

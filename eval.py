@@ -214,7 +214,7 @@ def tables(args):  # train what is missing of results/papers.csv; mean and devia
             lines.append(row | {"n": len(values), "measure": measure, "mean": mean, "deviation": std})
             print(f"{row['row']}: {measure} {mean:.4g} ± {std:.2g}, n {len(values)} ({row['paper']})")
     if not lines:
-        raise data.InputError(f"--rows {args.rows}: no row of {papers} begins so, or none ended; try another")
+        raise data.InputError(f"--rows {args.rows}, --seeds {args.seeds}: no row has ended; try another")
     write_csv(lines, args.out / f"{args.task}.csv")
 
 def train_row(args, options):  # {measure: number} of each seed; rows with equal options share their runs

@@ -79,10 +79,10 @@ class AffineCoupling(nn.Module):
         return torch.cat([y_a, torch.exp(-s) * (y_b - t)], dim=1)
 
 class Prior(nn.Module):
-    """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = G_m(c) + lambda H_m(n), Sigma_c = diag(G_std(c)^2). The paper's
-    gamma G_m(c) is a row of a learned table: gamma = 1. H_m(n), a random shift of the mean, lets p_Z cover
-    more than the images seen. Maximum likelihood would cancel it: by H_m near 0, so `shift` fixes its size;
-    or by a G_std beside which no shift matters, so `std` bounds it."""
+    """p_Z = N(mu_c, Sigma_c), eq. (8): mu_c = G_m(c) + lambda H_m(n), Sigma_c = diag(G_std(c)^2). G_m is a
+    learned table and absorbs the paper's gamma. The random shift lambda H_m(n) of the mean lets p_Z cover
+    more than the images seen. Maximum likelihood would undo it in one of two ways: H_m -> 0, so `shift`
+    fixes its size; or a G_std so large that the shift does not matter, so `std` bounds G_std."""
     def __init__(self, dim, classes, lam=0.1):
         super().__init__()
         self.lam = lam
@@ -100,7 +100,7 @@ class Prior(nn.Module):
         return torch.exp(LOG_STD_MIDDLE + bounded(self.log_G_std(c) - LOG_STD_MIDDLE, LOG_STD_RADIUS))
 
     def shift(self, n):
-        """lambda H_m(n) (B, D), normalized over the fixed `probe`: over n, a shift would depend on others."""
+        """lambda H_m(n) (B, D); H_m centred and scaled by its values at 256 fixed n, not at a batch's own."""
         with torch.autocast(n.device.type, enabled=False):
             h, probe = self.H_m(n), self.H_m(self.probe)
         centre = probe.mean(0)
@@ -128,7 +128,7 @@ class Flow(nn.Module):
             self.latent_shapes.append((channels, size, size))
         self.prior = Prior(self.dim, classes, lam)
 
-    def forward(self, x, u, initialise=False):  # z = F(x) (B, D), log |det dz/dy| (B,); first, sets ActNorms
+    def forward(self, x, u, initialise=False):  # z (B, D), log |det dz/dy| (B,); `initialise`: sets ActNorms
         x = nn.functional.adaptive_avg_pool2d(x, self.shape[1:])  # an ascent then paints regions, not noise
         squeezed = EPS + (1 - 2 * EPS) * (255 * x + u) / 256  # y, squeezed into [EPS, 1 - EPS]
         h = torch.logit(squeezed)  # dh/dy = (1 - 2 EPS) / (squeezed (1 - squeezed)): its log follows

@@ -1,13 +1,13 @@
 """Geometry-preserving registration: R, T, D, the losses of eq. (4), (5), classical measures, one pair alone.
 
     I_a, I_b  images of modality A and B, (n, C, H, W) in [-1, 1], of any size, with any number of channels
-    phi       R(I_a, I_b), a displacement field (B, 2, H, W) in pixels
+    phi       R(I_a, I_b), a displacement field (n, 2, H, W) in pixels
     T         translates A's look into B's
     D         conditional patch discriminator: is this the B that belongs to I_a?
     O_RT = R_S(T(I_a), phi)   translate first
     O_TR = T(R_S(I_a, phi))   register first
-Both orders share one phi. If T moved things by t, one order would show what phi(v) finds, the other what
-phi(v + t) finds: they agree only where phi is constant. Where it varies, T must keep geometry: R moves."""
+Both orders share one phi. If T also moved things, T(I)[v] = I[v + t], then O_RT[v] = I_a[v + phi(v) + t], but
+O_TR[v] = I_a[v + t + phi(v + t)]: they agree only where phi is constant. Where it varies, T must not move."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as nnf
@@ -81,13 +81,12 @@ class Pyramid(nn.Module):  # R, coarse to fine: warp A's features by phi, compar
 
     def forward(self, I_a, I_b):
         height, width = I_a.shape[2:]
-        a, b = pad(I_a, 8), pad(I_b, 8)
-        features = []
+        features = [(pad(I_a, 8), pad(I_b, 8))]
         for encode_a, encode_b in zip(self.encode_a, self.encode_b):
-            a, b = encode_a(a), encode_b(b)
-            features.append((a, b))
-        phi = torch.zeros(len(a), 2, *a.shape[2:], device=a.device)
-        for (a, b), correct in zip(reversed(features), self.correct):  # 1/8, 1/4; no finer: smooth phi
+            a, b = features[-1]
+            features.append((encode_a(a), encode_b(b)))
+        phi = torch.zeros(len(a), 2, 1, 1, device=a.device)
+        for (a, b), correct in zip(reversed(features), self.correct):  # 1/8, 1/4; phi is smooth: no finer
             phi = warp.resize_field(phi, a.shape[2:])
             for _ in range(2):
                 phi = phi + correct(torch.cat([warp.resample(a, phi, "border"), b, phi], 1)).float()
@@ -129,33 +128,33 @@ def adversarial(logits, real):
     fakes called real: minimizing what D maximizes would give no gradient from a D that is sure."""
     return nnf.softplus(-logits if real else logits).mean()
 
-def local_mean(I, window):  # around each pixel; of (B C, H, W), as one channel in channels_last is slow
+def local_mean(I, window):  # around each pixel; of (n C, H, W), as one channel in channels_last is slow
     means = nnf.avg_pool2d(I.flatten(0, 1), window, 1, window // 2, count_include_pad=False)
     return means.view(I.shape)
 
-def correlation(I, J, window):  # at every pixel, in [-1, 1]; nearly 0 where one deviates by less than 0.1
+def correlation(I, J, window):  # at every pixel, in [-1, 1]; damped where one deviates by 0.1 or less
     mean_i, mean_j = local_mean(I, window), local_mean(J, window)
     var_i = (local_mean(I * I, window) - mean_i * mean_i).clamp_min(0)
     var_j = (local_mean(J * J, window) - mean_j * mean_j).clamp_min(0)
     cov = local_mean(I * J, window) - mean_i * mean_j
     return cov / ((var_i + 0.01) * (var_j + 0.01)).sqrt()
 
-def edges(I):  # slope of the smoothed grey image (B, 1, H, W), -1 where flat; Canny's has no gradient
+def edges(I):  # slope of the smoothed grey image (n, 1, H, W), -1 where flat; Canny's has no gradient
     grey = local_mean(I.mean(1, keepdim=True), 5)
     slope = warp.norm(torch.cat(torch.gradient(grey, dim=(2, 3)), 1))[:, None]
     return 4 * slope - 1  # a step from -1 to 1 makes .6
 
 def mind(I):
-    """Modality independent neighbourhood descriptor (B, 8, H, W), Heinrich et al. 2012: exp((min D - D) / V),
-    D the mean squared difference of the 3x3 patches at a pixel and at each of its neighbours, V the mean D.
+    """Modality independent neighbourhood descriptor (n, 8, H, W), Heinrich et al. 2012: exp((min d - d) / v),
+    d the mean squared difference of the 3x3 patches at a pixel and at each of its neighbours, v the mean d.
     It tells in which directions an image stays the same, and nothing of its greys."""
     grey = I.mean(1, keepdim=True)
-    patches = nnf.unfold(nnf.pad(grey, (1, 1, 1, 1), mode="replicate"), 3).unflatten(2, grey.shape[2:])
-    neighbours = torch.cat([patches[:, :4], patches[:, 5:]], 1)  # 4 is the pixel itself
-    D = local_mean((neighbours - grey).square(), 3)
-    V = D.mean(1, keepdim=True)
-    V = V + 0.01 * V.mean((2, 3), keepdim=True) + 1e-8  # the noise of flat ground is no structure
-    return torch.exp(-(D - D.amin(1, keepdim=True)) / V)
+    shifted = nnf.unfold(nnf.pad(grey, (1, 1, 1, 1), mode="replicate"), 3).unflatten(2, grey.shape[2:])
+    neighbours = torch.cat([shifted[:, :4], shifted[:, 5:]], 1)  # 4 is the pixel itself
+    d = local_mean((neighbours - grey).square(), 3)
+    v = d.mean(1, keepdim=True)
+    v = v + 0.01 * v.mean((2, 3), keepdim=True) + 1e-8  # the noise of flat ground is no structure
+    return torch.exp(-(d - d.amin(1, keepdim=True)) / v)
 
 def mismatch(measure, I, J, window):
     """How little I and J match at each pixel. "ncc" is squared: B may show the contrasts of A inverted."""
@@ -181,21 +180,21 @@ def distance(measure, I, J, window, scales):
 # ---------------------------------------------------------------- phi of one pair, without training
 def descriptors(images, side):  # MIND of each, averaged down by a whole number, to a longest side near `side`
     scale = max(1, round(max(images[0].shape[2:]) / side))
-    size = [max(1, n // scale) for n in images[0].shape[2:]]
+    size = [max(1, length // scale) for length in images[0].shape[2:]]
     return [mind(nnf.adaptive_avg_pool2d(I, size)) for I in images]
 
-def unlikeness(a, b, phi):  # mean |R_S(a, phi) - b| (B,) where a is seen: to push misfits out must not pay
-    with_ones = torch.cat([a, torch.ones_like(a[:, :1])], 1)
-    moved, seen = warp.resample(with_ones, phi).split((8, 1), 1)  # seen: how much comes from inside of a
+def unlikeness(a, b, phi):  # (n,): mean |R_S(a, phi) - b| where a is seen; else phi would push misfits out
+    with_ones = torch.cat([a, torch.ones_like(a[:, :1])], 1)  # a 9th channel: 1 inside of a, 0 outside
+    moved, seen = warp.resample(with_ones, phi).split((8, 1), 1)
     return (moved - seen * b).abs().mean(1).sum((1, 2)) / seen.sum((1, 2, 3)).clamp_min(1)
 
-def best_of(fields, losses):  # of several fields (B, 2, H, W), the one of least loss (B,) for each pair
+def best_of(fields, losses):  # of several fields (n, 2, H, W), the one of least loss (n,) for each pair
     best = torch.stack(losses).argmin(0)
     return torch.stack(fields)[best, torch.arange(len(best))]
 
 @torch.enable_grad()
 def optimise(I_a, I_b, start=None):
-    """The phi (B, 2, H, W) of least unlikeness of MIND + 20 bending, by Adam over phi, pair by pair: no T, no
+    """The phi (n, 2, H, W) of least unlikeness of MIND + 20 bending, by Adam over phi, pair by pair: no T, no
     D. From the best of `start` (R's phi; else 0) and 169 translations; each of LEVELS adds a finer `change`.
     What matches no better than at the start, or hardly better than with B mirrored, gets its start back."""
     phi = start = I_b.new_zeros(len(I_b), 2, *I_b.shape[2:]) if start is None else start
@@ -222,6 +221,6 @@ def image_unlikeness(I_a, I_b, phi):  # of two images, at one size for all, so t
     a, b = descriptors((I_a, I_b), 128)
     return unlikeness(a, b, warp.resize_field(phi, b.shape[2:]))
 
-def is_match(I_a, I_b, phi, start):  # (B,): better than `start`, 12 % better than with B mirrored: chance
+def is_match(I_a, I_b, phi, start):  # (n,): better than `start`, 12 % better than with B mirrored: chance
     chance = torch.stack([image_unlikeness(I_a, I_b.flip(s), phi) for s in (2, 3, (2, 3))]).amin(0)
     return image_unlikeness(I_a, I_b, phi) < torch.minimum(image_unlikeness(I_a, I_b, start), 0.88 * chance)

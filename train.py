@@ -24,12 +24,12 @@ import warp
 from eval import autocast, device
 from flows import NOISE_DIM, bits_per_dim
 
-rank = int(os.environ.get("RANK", 0))  # torchrun says which of how many processes this is; they differ in
-processes = int(os.environ.get("WORLD_SIZE", 1))  # their batches alone, and average their gradients
+rank = int(os.environ.get("RANK", 0))  # set by torchrun: the number of this process (0 without torchrun)
+processes = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are; their gradients are averaged
 if device.type == "cuda":
     torch.cuda.set_device(rank % torch.cuda.device_count())
-PICKED, ASCENT, FIRST = 1, 2, 3  # what is random in a step; each has a stream of its own, and
-BATCH = 4 * rank  # each process draws its own batches
+PICKED, ASCENT, FIRST = 1, 2, 3  # random streams, one for each purpose, the same in all processes;
+BATCH = 4 * rank  # that of batches differs by process: 0, 4, 8, ..., none of those above
 
 def generator(o, step, stream):  # by seed, step and stream: a resumed run needs no random state
     seed = np.random.SeedSequence((o.seed, step, stream)).generate_state(1).item()  # mixed well, to 32 bits
@@ -84,7 +84,7 @@ def train_degia(o, checkpoint):
         x = data.to_float(torch.cat([x_src[i], pool["x"][j]]))
         source = torch.cat([i, pool["source"][j]])
 
-        # ---- minimization, eq. (5), over M and F. F learns new samples, too: -log p then flees them as well
+        # ---- minimization, eq. (5), over M and F. F learns new samples, too: later ascents leave them, too
         with autocast():
             loss = degia.task_loss(M(x)[0], y_src[source]).mean()
             losses = {"task": loss}
@@ -93,11 +93,11 @@ def train_degia(o, checkpoint):
                 n = torch.randn(o.batch, NOISE_DIM, **random)  # shifts the prior, eq. (8)
                 log_p = F.log_prob(x, c_src[source], u, F.prior.shift(n)).mean()
                 losses["bits_per_dim"] = bits_per_dim(log_p, F.dim)
-                loss = loss - log_p / F.dim  # M and F share nothing: / D matters in (7), and for clipping
+                loss = loss - log_p / F.dim  # no gradient for M; / D, as in (7), is felt by clipping
         optimizer.zero_grad()
         loss.backward()
         average_gradients(optimizer)
-        if F is not None:  # log-densities of images never seen have huge gradients
+        if F is not None:  # -log p of new samples, far from what F has learned, has huge gradients
             torch.nn.utils.clip_grad_norm_(F.parameters(), 10.0)
         optimizer.step()
         scheduler.step()
@@ -108,18 +108,19 @@ def new_samples(o, step, M, F, x_src, y_src, c_src):
     """The max phase: K steps of ascent on (7) from each image; by class, as d is of a class and its prior."""
     random = {"generator": generator(o, step, ASCENT), "device": device}
     eta = o.eta * torch.rand(len(x_src), 1, 1, 1, **random)  # some stay near, some go far
-    u = torch.rand(len(x_src), *(F.shape if F is not None else ()), **random)
+    u = torch.rand(len(x_src), *(F.shape if F is not None else ()), **random)  # not used without F
     n = torch.randn(len(x_src), NOISE_DIM, **random)
     new = torch.zeros_like(x_src)
     for one in c_src.unique():
-        for rows in torch.nonzero(c_src == one)[:, 0].split(256):  # at most 256 x of a class make one P_x
+        for rows in torch.nonzero(c_src == one)[:, 0].split(256):  # P_x: of up to 256 images of the class
             x = data.to_float(x_src[rows])
             with autocast(), torch.no_grad():
                 feature_src = M(x)[1].float()
                 shift = F.prior.shift(n[rows]) if F is not None else None
             objective = functools.partial(degia.max_objective, y=y_src[rows], c=c_src[rows], M=M, F=F,
                                           feature_src=feature_src, u=u[rows], shift=shift, alpha=o.alpha)
-            new[rows] = data.to_uint8(degia.ascend(x, autocast()(objective), o.K, eta[rows], o.blur))
+            x = degia.ascend(x, autocast()(objective), o.K, eta[rows], o.blur)  # objective, under autocast
+            new[rows] = data.to_uint8(x)
     return new
 
 # ---------------------------------------------------------------- registration: the dual-flow loop
@@ -165,7 +166,7 @@ def train_reg(o, checkpoint):
                 losses["gan"] = sum(geomreg.adversarial(D(I_a, O), real=True) for O in fakes)
 
         # ---- min over R and T of eq. (6): fool D, match I_b in both orders, keep phi smooth
-        scales = 1 if o.match == "l1" else 4 if step < 0.2 * o.steps else 2  # of (4); coarse ones see far
+        scales = 1 if o.match == "l1" else 4 if step < 0.2 * o.steps else 2  # of (4): 1, 1/2 ...
         losses["recon"] = sum(geomreg.distance(o.match, O, I_b, o.window, scales) for O in fakes)  # (4)
         losses["smooth"] = warp.smoothness(phi, moved, o.alpha)
         if o.practice > 0:  # without practice, a D that is sure early may drive R away for good
@@ -175,11 +176,11 @@ def train_reg(o, checkpoint):
         weights = {"gan": o.adversarial, "recon": lambda_R, "smooth": lambda_S, "practice": o.practice}
         terms = {name: weight * losses[name] for name, weight in weights.items() if name in losses}
         opt_RT.zero_grad()
-        if o.gan != "both" and "gan" in terms:  # table 2: this term trains R or T alone
+        if o.gan != "both" and "gan" in terms:  # --gan R or T, table 2: only that network gets its gradient
             terms.pop("gan").backward(inputs=trained[o.gan], retain_graph=True)  # the terms share their graph
-        if o.l1 != "both":  # or this one; what is left below trains both
+        if o.l1 != "both":  # --l1 R or T: the same for L_recon
             terms.pop("recon").backward(inputs=trained[o.l1], retain_graph=True)
-        sum(terms.values()).backward(inputs=trained["both"])  # not D's parameters
+        sum(terms.values()).backward(inputs=trained["both"])  # what remains: for R and T, not for D
         average_gradients(opt_RT)
         for which in ("R", "T"):
             torch.nn.utils.clip_grad_norm_(trained[which], 10.0)  # a field that jumps has huge gradients
@@ -305,7 +306,7 @@ def parse(argv):  # the options o, and the names of those that were given
     add("--eta", type=weight, default=0.4, help="largest root mean square change of an ascent step")
     add("--alpha", type=weight, default=1.0, help="weight of the two distances in (7)")
     add("--lam", type=weight, default=0.1, help="scale lambda of the noise shift in (8)")
-    add("--flow-size", type=int, choices=(4, 8, 16, 28, 32), default=8, help="side of the image in F")
+    add("--flow-size", type=int, choices=(4, 8, 16, 28, 32), default=8, help="side of x in F, up to --size")
     programs.choices["reg"].set_defaults(task="reg", unseen=[], train=3000, steps=1600, batch=16, lr=3e-3)
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
