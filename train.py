@@ -35,9 +35,10 @@ def generator(o, step, stream):  # by seed, step and stream: a resumed run needs
     seed = np.random.SeedSequence((o.seed, step, stream)).generate_state(1).item()  # mixed well, to 32 bits
     return torch.Generator(device).manual_seed(seed)
 
-def adam(parameters, o, betas=(0.5, 0.999)):  # its rate: constant, then linear to 0 over the second half
+def adam(parameters, o, betas=(0.5, 0.999), warm_up=0.05):  # its rate rises, stays, falls from half-way on
     optimizer = torch.optim.Adam(parameters, o.lr, betas, fused=True)
-    return optimizer, LambdaLR(optimizer, lambda step: min(1.0, 2 - 2 * step / o.steps))
+    rise = warm_up * o.steps + 1  # in steps; without, R of one seed in eight was thrown off at once, for good
+    return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / rise, 1.0, 2 - 2 * step / o.steps))
 
 def average_gradients(optimizer):  # over all processes, in one message; so equal networks stay equal
     if processes > 1:
@@ -59,7 +60,7 @@ def train_degia(o, checkpoint):
         groups.append({"params": F.to(device).parameters(), "lr": o.flow_lr})
         u = torch.rand(min(512, len(x_src)), *F.shape, generator=generator(o, 0, FIRST), device=device)
         F(data.to_float(x_src[:512]), u, initialise=True)  # ActNorm sets itself from these
-    optimizer, scheduler = adam(groups, o, (0.9, 0.999))
+    optimizer, scheduler = adam(groups, o, (0.9, 0.999), warm_up=0)
     pool = {"x": x_src[:0], "source": torch.arange(0, device=device)}  # new samples grown from x_src[source]
     run = Run(o, checkpoint, pool, M=M, F=F, optimizer=optimizer, scheduler=scheduler)
     max_steps = [o.steps * i // (o.rounds + 2) for i in range(1, o.rounds + 1)]  # 1 part before, 2 after
