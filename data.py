@@ -40,7 +40,7 @@ def to_tensor(picture):  # a Pillow picture as uint8 (C, H, W)
 def to_uint8(images):  # images in [0, 1], clamped and rounded to their 256 levels
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
-def to_float(images):  # uint8 images in [0, 1]; channels_last is the layout that convolutions like best
+def to_float(images):  # of uint8, as floats in [0, 1]; channels_last: the layout that convolutions like best
     return (images.float() / 255).contiguous(memory_format=torch.channels_last)
 
 def clouds(size, cells, grey, spread, rng):  # a smooth background: cells x cells colours around a grey
@@ -182,11 +182,11 @@ def misaligned(thing, knots, shift):  # moved by a field quadratic in x and in y
 def make_plants(n, size, seed, modality="ir", rig=False):
     """n misaligned pairs; points (n, P, 4): xa, ya, xb, yb in px, NaN if hidden; salient: on the plant."""
     rng, pairs = np.random.default_rng(seed), []
-    share, fixed, baseline = (0.35, [0.07, 0.04], [0.10, 0]) if rig else (1, 0, 0)  # rig: mostly one offset
+    share, fixed, baseline = (0.35, [0.07, 0.04], [0.10, 0]) if rig else (1, 0, 0)  # share: of what is random
     for _ in range(n):
         knots = share * rng.normal(0, BEND, (3, 3, 2))
         offset = share * rng.normal(0, SHIFT, 2) + fixed
-        parallax = (not rig) * rng.normal(0, 0.03, 2) + baseline  # times depth - .5: a thing's own shift
+        parallax = (not rig) * rng.normal(0, 0.03, 2) + baseline  # of depth 1 against depth 0
         things = sorted(plant_scene(rng), key=lambda thing: thing.depth)  # far ones first
         moved = [misaligned(thing, knots, offset + parallax * (thing.depth - 0.5)) for thing in things]
         A, p_a, in_a = draw_scene(things, size, "rgb", rng)
@@ -206,7 +206,7 @@ def blaming(what, remedy="correct it"):  # what fails inside becomes an InputErr
 
 def stretch(pixels):  # deep ones as 8 bits, from the .5 to the 99.5 percentile of those that count
     inside = np.isfinite(pixels)
-    inside &= pixels > pixels[inside].min(initial=np.inf)  # often padding or "no data": it alone gets black
+    inside &= pixels > pixels[inside].min(initial=np.inf)  # often padding or "no data": black, as NaN is
     low, high = np.percentile(pixels[inside], (0.5, 99.5)) if inside.any() else (0, 1)
     if low == high:  # a few bright spots
         low, high = pixels[inside].min(), pixels[inside].max()
@@ -218,7 +218,7 @@ def open_image(path, mode="RGB"):
     with blaming(f"{path}: not a readable image", "give an 8-bit RGB or grey one"), open(path, "rb") as file:
         image = Image.open(file, formats=("PNG", "JPEG", "BMP", "TIFF", "WEBP"))
         stored = str(image.tile)
-        tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits, 262 is 0 if white is
+        tags = getattr(image, "tag_v2", {})  # of a TIFF; 258: bits; 262: 0 if white is 0; 339: 2 if signed
         deep = image.mode[0] in "IF"  # one channel of 16 bits or more; of more channels, Pillow drops bits
         wrong = {"several pages": image.format != "MPO" and getattr(image, "n_frames", 1) > 1,  # MPO: photo
                  "16 bits per channel": not deep and (";16" in stored or max(tags.get(258, [8])) > 8),
@@ -259,13 +259,13 @@ def list_images(folder):  # {stem: path}, sorted; names that begin with a dot ar
     return found
 
 def read_landmarks(table, columns, sides):
-    """A list of (n, K), an image each: its lines of the csv, K columns in shares of sides[stem] (K,)."""
+    """For each image (n, K): its n lines of the csv, of K coordinates, in shares of sides[stem] (K,)."""
     rows = {stem: [] for stem in sides}
     with blaming(f"{table}: not a readable table", "correct it as README.md says"):
         lines = list(csv.reader(table.read_text("utf-8-sig", "replace").splitlines(), skipinitialspace=True))
         if lines[:1] != [["name", *columns]]:
             raise ValueError(f"its first line must be name,{','.join(columns)}")
-    for number, (name, *words) in filter(all, enumerate(lines[1:], 2)):  # all: no empty line
+    for number, (name, *words) in filter(all, enumerate(lines[1:], 2)):  # no empty line: (2, []) is not all
         name = normalize("NFC", name)
         stem = name if name in sides else Path(name).stem
         line = f"{table}, line {number}: {','.join([name, *words])[:60]!r}"
@@ -296,7 +296,7 @@ def load_mnist(folder, split, size):  # images (N, 1, size, size) in [0, 1], lab
     return nnf.interpolate(x[:, None] / 255, (size, size), mode="bilinear", antialias=True), y.long()
 
 def load_mnist_m(folder, size):  # images (N, 3, size, size), labels of a split: NAME/ and NAME_labels.txt
-    with blaming(f"{folder}: no such folder, or no mnist_m_test_labels.txt in it"):
+    with blaming(f"{folder}: no such folder, or no mnist_m_*_labels.txt in it"):
         table = min(folder.glob("mnist_m_*_labels.txt"))  # test before train
         lines = table.read_text("utf-8", "replace").splitlines() or [""]
     files, labels = [], []
@@ -357,7 +357,7 @@ def read_pairs(folder, size, modes):  # a split: A and B of one name, with their
         rows = read_landmarks(table, ["xa", "ya", "xb", "yb"], dict(zip(a, np.hstack([sides_a, sides_b]))))
     say(folder, f"{len(A)} pairs, {sum(map(len, rows))} pairs of points", ("A", "B", "landmarks.csv"))
     points = torch.nn.utils.rnn.pad_sequence(rows, True, np.nan) * torch.tensor(2 * size[::-1]) - 0.5
-    return Pairs(A, B, points.float(), None)
+    return Pairs(A, B, points.float(), None)  # above, 2 * size[::-1] is the tuple (W, H, W, H)
 
 def load_pairs(o, modes=None):
     """{"train": Pairs, "test": Pairs} and the modes {"A": "RGB" or "L", "B"}: found, or those of a run."""

@@ -31,7 +31,7 @@ if device.type == "cuda":
 def autocast():  # bfloat16 for layers where the hardware itself multiplies it; all else stays float32
     return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
-def save_grid(rows, path, outputs=None):  # {label: images in [0, 1]}; on them [(M(x), y), ...] of each row
+def save_grid(rows, path, outputs=None):  # {label: images in [0, 1]}; outputs[row][column]: (M(x), y)
     columns = min(8, max(map(len, rows.values())))  # more are left out
     width = min(384, 1536 // columns)
     *_, h, w = next(iter(rows.values())).shape
@@ -45,7 +45,7 @@ def save_grid(rows, path, outputs=None):  # {label: images in [0, 1]}; on them [
         for j, image in enumerate(pixels):
             picture = Image.fromarray(image).resize((width, height), Image.BOX)
             pen = ImageDraw.Draw(picture)
-            out, y = outputs[i][j] if outputs else ((), ())
+            out, y = outputs[i][j] if outputs else ((), ())  # (): nothing is drawn
             if len(out) == 10:
                 colour = "lime" if out.argmax() == y else "red"
                 pen.text((4, 0), f"{out.argmax()}", colour, font_size=36, stroke_width=2, stroke_fill="black")
@@ -93,11 +93,11 @@ def evaluate_degia(M, F, domains, folder):  # measures of M; F's bits per dim on
 @torch.no_grad()
 def landmark_errors(register, pairs, n=None):
     """Mean distances (7) in pixels, before and after phi = register(I_a, I_b), of all landmarks and those on
-    the plant; percent of n pairs improved, share of pixels folded. Also phi, I_a, I_b of the last batch."""
+    the plant; percent improved of pairs with landmarks; share folded. Also the last phi, I_a, I_b."""
     distances, folded = [], []
     for i in torch.arange(len(pairs.A))[:n].split(25):
         I_a, I_b = (2 * data.to_float(I[i].to(device)) - 1 for I in pairs[:2])
-        phi = autocast()(register)(I_a, I_b)
+        phi = autocast()(register)(I_a, I_b)  # register(I_a, I_b), run under autocast
         folded.append((warp.jacobian_determinant(phi) <= 0).float().mean((1, 2)))
         p_a, p_b = pairs.points[i].to(device).split(2, dim=2)
         found = warp.warp_points(p_a, phi)
@@ -119,7 +119,7 @@ def evaluate_reg(R, pairs, folder):  # of the test pairs and of 100 training pai
     picture_pairs(*fields, folder / "pairs.png")
     return results | {"registered_train": landmark_errors(R, pairs["train"], 100)[0]["registered"]}
 
-def picture_pairs(phi, I_a, I_b, path):  # figure 4, a column for each pair
+def picture_pairs(phi, I_a, I_b, path):  # figure 4: a column for each of 8 pairs; of one pair, two rows
     moved = warp.resample(I_a, phi, "border")
     places = warp.pixel_grid(*phi.shape[2:], like=phi) + phi
     lines = (places % max(4, phi.shape[3] // 8) < 1.4).any(1, keepdim=True).float()
@@ -166,7 +166,7 @@ def read_files(o, M, files, folder):  # print the digits, or write the landmarks
     print(f"written: {name}.png, {name}_landmarks.csv")
 
 def align_files(register, pair, folder, modes=(None, None)):
-    """Write A, as it is stored, at the size of B; the field, in pixels of B; and a picture to judge it by."""
+    """Write A, from its full size, at the size of B; the field, in pixels of B; a picture to judge it by."""
     if len(pair) != 2:
         raise data.InputError(f"registration takes two files, A and B of a pair, not {len(pair)}; name two")
     A, B = map(data.open_image, pair, modes)
@@ -226,11 +226,12 @@ def train_row(args, options):  # {measure: number} of each seed; rows with equal
             print("python train.py", *words[1:], flush=True)
             subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL)
         if (folder / "results.json").exists():  # else train.py said why
-            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            with data.blaming(f"{folder}/results.json: damaged", "remove it"):
+                results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
             measured = {f"{name} {kind}": number for name, found in results.get("domains", results).items()
                         if isinstance(found, dict) for kind, number in found.items() if number is not None}
             unseen = [[*found.values()][0] for found in results.get("domains", {}).values()][1:]
-            yield measured | ({"unseen": np.mean(unseen)} if unseen else {})
+            yield measured | ({"unseen": np.mean(unseen)} if unseen else {})  # [1:]: all but the source
 
 def exit_on_bad_input(main):  # what a user or the system can mend: one line, exit code 2; not our bugs
     sys.stdout.reconfigure(errors="replace")  # of a terminal without ±

@@ -57,7 +57,7 @@ def test_the_flow_is_inverted_and_its_log_determinant_is_the_jacobians(channels,
     assert grey.std() > 12 and (grey - grey.round().clamp(0, 255)).abs().max() < 1e-3
 
 def test_actnorm_normalizes_the_first_batch_and_no_other():
-    """Only `initialise` does: a flag that checkpoints forget would set it anew after a reload."""
+    """Only `initialise` does, never a first call of forward: a reloaded F must stay as it was."""
     F, (x, u) = random_flow(), rand(2, 64, 3, 4, 4)
     F(x, u, initialise=True)
     F(0.1 * x, u)

@@ -58,8 +58,9 @@ def train_degia(o, checkpoint):
     groups = [{"params": M.to(device, memory_format=torch.channels_last).parameters()}]
     if F is not None:
         groups.append({"params": F.to(device).parameters(), "lr": o.flow_lr})
-        u = torch.rand(min(512, len(x_src)), *F.shape, generator=generator(o, 0, FIRST), device=device)
-        F(data.to_float(x_src[:512]), u, initialise=True)  # ActNorm sets itself from these
+        first = data.to_float(x_src[:512])  # ActNorm sets itself from these
+        u = torch.rand(len(first), *F.shape, generator=generator(o, 0, FIRST), device=device)
+        F(first, u, initialise=True)
     optimizer, scheduler = adam(groups, o, (0.9, 0.999), warm_up=0)
     pool = {"x": x_src[:0], "source": torch.arange(0, device=device)}  # new samples grown from x_src[source]
     run = Run(o, checkpoint, pool, M=M, F=F, optimizer=optimizer, scheduler=scheduler)
@@ -85,7 +86,7 @@ def train_degia(o, checkpoint):
         x = data.to_float(torch.cat([x_src[i], pool["x"][j]]))
         source = torch.cat([i, pool["source"][j]])
 
-        # ---- minimization, eq. (5), over M and F. F learns new samples, too: later ascents leave them, too
+        # ---- minimization, eq. (5), over M and F. F learns new samples, too: later ascents then avoid them
         with autocast():
             loss = degia.task_loss(M(x)[0], y_src[source]).mean()
             losses = {"task": loss}
@@ -94,7 +95,7 @@ def train_degia(o, checkpoint):
                 n = torch.randn(o.batch, NOISE_DIM, **random)  # shifts the prior, eq. (8)
                 log_p = F.log_prob(x, c_src[source], u, F.prior.shift(n)).mean()
                 losses["bits_per_dim"] = bits_per_dim(log_p, F.dim)
-                loss = loss - log_p / F.dim  # no gradient for M; / D, as in (7), is felt by clipping
+                loss = loss - log_p / F.dim  # no gradient for M; / F.dim: for clipping, Adam ignores it
         optimizer.zero_grad()
         loss.backward()
         average_gradients(optimizer)
@@ -207,12 +208,12 @@ class Run:  # config.json, log.csv, checkpoint.pt, results.json; parts: all with
         self.step, self.began = checkpoint["step"], time.time() - checkpoint["seconds"]
         with data.blaming(f"{o.out}: no access, or another process works there", "wait, or choose another"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = sqlite3.connect(self.folder / "lock", timeout=0)  # used as a file lock alone:
-            self.lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")  # free if we are killed
+            self.lock = sqlite3.connect(self.folder / "lock", timeout=0)  # no database: a file lock,
+            self.lock.executescript("PRAGMA journal_mode = OFF; BEGIN EXCLUSIVE")  # gone if we are killed
         if o.resume:
             for name, part in self.parts.items():
                 part.load_state_dict(checkpoint["state"][name])
-            extra.update(checkpoint["extra"])
+            extra.update(checkpoint["extra"])  # in place: the pool, or the modes, of the loop above
         self.save()
 
     def save(self):  # under a temporary name, then renamed: at any moment there is a whole checkpoint
@@ -220,21 +221,20 @@ class Run:  # config.json, log.csv, checkpoint.pt, results.json; parts: all with
         content = {"format": evaluation.FORMAT, "config": vars(self.o), "step": self.step, "log": self.rows,
                    "seconds": self.saved - self.began, "extra": self.extra,
                    "state": {name: part.state_dict() for name, part in self.parts.items()}}
-        part = self.folder / "checkpoint.part"
+        temporary = self.folder / "checkpoint.part"
         try:
-            with data.blaming(f"{part}: cannot be written", "make room, then go on with --resume"):
+            with data.blaming(f"{temporary}: cannot be written", "make room, then go on with --resume"):
                 (self.folder / "config.json").write_text(json.dumps(vars(self.o), indent=1) + "\n")
-                torch.save(content, part)
-                os.replace(part, self.folder / "checkpoint.pt")
+                torch.save(content, temporary)
+                os.replace(temporary, self.folder / "checkpoint.pt")
         finally:
-            part.unlink(missing_ok=True)  # of a disk that is full
+            temporary.unlink(missing_ok=True)  # left over where the disk was full
 
     def log(self, losses):
-        """End a step; now and then, or to save, check and log the losses: only then we wait for a GPU."""
+        """End a step. Now and then, after a max phase (saved: 0), at the end: check, log, wait for a GPU."""
         self.step += 1
         self.recent.append(torch.stack([loss.detach().float() for loss in losses.values()]))
-        due = self.step % max(1, min(50, self.o.steps // 100)) == 0 or self.saved == 0  # 0: after a max phase
-        if not due and self.step < self.o.steps:
+        if self.step % max(1, min(50, self.o.steps // 100)) and self.saved and self.step < self.o.steps:
             return
         values, self.recent = torch.stack(self.recent).cpu(), []
         if not values.isfinite().all():
@@ -267,8 +267,8 @@ PAPER_REG = dict(registration="unet", width=256, height=256, batch=12, lr=1e-4, 
                  alpha=1, recon=100, smooth=200, practice=0, R_width=32, T_width=64, T_blocks=9, D_width=64)
 PAPER = {"digits": PAPER_DEGIA, "hands": PAPER_DEGIA | {"size": 256}, "reg": PAPER_REG}
 
-def number(kind, low, high=1e9):
-    def number(text):  # argparse names it where the text is none
+def number(kind, low, high=1e9):  # a type for argparse: int or float, within [low, high]
+    def number(text):  # so called for argparse: "invalid number value" where kind(text) fails
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
@@ -284,10 +284,10 @@ def parse(argv):  # the options o, and the names of those that were given
         add = programs.add_parser(name, formatter_class=show, usage=quiet, allow_abbrev=False).add_argument
         add("--out", default=f"runs/{name}", help="run folder; runs/hands for hands")
         add("--data", default="embedded", help="or a folder of files, as the README lays it out")
-        add("--train", type=count, help="images or drawn pairs; None: the first 10,000; drawn hands: 3,000")
+        add("--train", type=count, help="images or drawn pairs; None: 10,000 digits, 3,000 drawn hands")
         add("--steps", type=count, help="training steps")
         add("--batch", type=count, help="images, or pairs, per step")
-        add("--lr", type=weight, help="learning rate; linear to 0 over the second half")
+        add("--lr", type=weight, help="learning rate; linear to 0 over the second half; reg: after a rise")
         add("--seed", type=number(int, 0), default=0, help="of the data, the networks and every step")
         add("--resume", action="store_true", help="go on with the run in --out, with its options")
         add("--paper", action="store_true", help="the paper's values, where it states them")
@@ -307,7 +307,7 @@ def parse(argv):  # the options o, and the names of those that were given
     add("--eta", type=weight, default=0.4, help="largest root mean square change of an ascent step")
     add("--alpha", type=weight, default=1.0, help="weight of the two distances in (7)")
     add("--lam", type=weight, default=0.1, help="scale lambda of the noise shift in (8)")
-    add("--flow-size", type=int, choices=(4, 8, 16, 28, 32), default=8, help="side of x in F, up to --size")
+    add("--flow-size", type=int, choices=(4, 8, 16, 28, 32), default=8, help="side of x in F; --size at most")
     programs.choices["reg"].set_defaults(task="reg", unseen=[], train=3000, steps=1600, batch=16, lr=3e-3)
     add = programs.choices["reg"].add_argument
     add("--modality", choices=("ir", "depth"), default="ir", help="B of the embedded plants")
@@ -324,12 +324,12 @@ def parse(argv):  # the options o, and the names of those that were given
     add("--smooth", type=weight, default=400.0, help="weight lambda_S of the smoothness")
     add("--alpha", type=weight, default=1.0, help="how much the field may bend at edges, eq. (3)")
     add("--match", choices=geomreg.MEASURES, default="correlation", help="what L_recon compares by")
-    add("--window", type=int, choices=(3, 5, 7, 9), default=5, help="side of those of local correlation")
+    add("--window", type=int, choices=(3, 5, 7, 9), default=5, help="side of the windows of correlation")
     add("--practice", type=weight, default=50.0, help="weight of R's practice on known fields")
     for net, width in (("R", 24), ("T", 16), ("D", 16)):
         add(f"--{net}-width", type=count, default=width, help=f"channels of {net}")
     add("--T-blocks", type=number(int, 0), default=0, help="residual blocks of T; 0: two convolutions")
-    o = parser.parse_args(argv)
+    o = parser.parse_args(argv)  # a first time for --task and --paper, which change defaults
     changed = (HANDS if o.task == "hands" else {}) | (PAPER[o.task] if o.paper else {})
     programs.choices[o.program].set_defaults(**changed)
     o = parser.parse_args(argv)
@@ -364,17 +364,16 @@ def main(argv):
     else:
         checkpoint = evaluation.load_checkpoint(o.out, o.program)
         config = {**checkpoint["config"], "out": o.out, "resume": True}
-        for name in given - {"data", "unseen"}:
-            if config[name] != vars(o)[name]:
-                option = name.replace("_", "-")
-                raise data.InputError(f"{o.out}: has another --{option}, {config[name]}; omit it")
+        for k in given - {"data", "unseen"}:
+            if config[k] != vars(o)[k]:
+                raise data.InputError(f"{o.out}: has another --{k.replace('_', '-')}, {config[k]}; omit it")
         o = argparse.Namespace(**config | {name: vars(o)[name] for name in given})
         if fingerprint(o) != o.files:
             raise data.InputError(f"{o.data}: these files, or --unseen's, are not those of the run")
     torch.manual_seed(o.seed)  # for the first values of the networks
     if processes > 1:  # waits until all have come so far; NCCL wants a GPU for each
         torch.distributed.init_process_group("nccl" if processes <= torch.cuda.device_count() else "gloo")
-    if rank > 0:  # does all that the first does, but silently, and in a folder of its own
+    if rank > 0:  # as the first, on other batches; silently, and in a folder of its own
         o.out, sys.stdout = f"{o.out}/rank{rank}", open(os.devnull, "w")
     {"degia": train_degia, "reg": train_reg}[o.program](o, checkpoint)
     if processes > 1:
