@@ -37,7 +37,7 @@ def generator(o, step, stream):  # by seed, step and stream: a resumed run needs
 
 def adam(parameters, o, betas=(0.5, 0.999), warm_up=0.05):  # its rate rises, stays, falls from half-way on
     optimizer = torch.optim.Adam(parameters, o.lr, betas, fused=True)
-    rise = warm_up * o.steps + 1  # in steps; without, R of one seed in eight was thrown off at once, for good
+    rise = warm_up * o.steps + 1  # in steps; without, R of one seed in ten was thrown off at once, for good
     return optimizer, LambdaLR(optimizer, lambda step: min((step + 1) / rise, 1.0, 2 - 2 * step / o.steps))
 
 def average_gradients(optimizer):  # over all processes, in one message; so equal networks stay equal
