@@ -85,12 +85,12 @@ class Pyramid(nn.Module):  # R, coarse to fine: warp A's features by phi, compar
         for encode_a, encode_b in zip(self.encode_a, self.encode_b):
             a, b = features[-1]
             features.append((encode_a(a), encode_b(b)))
-        phi = torch.zeros(len(a), 2, 1, 1, device=a.device)
+        phi = torch.zeros(len(I_a), 2, 1, 1, device=I_a.device)  # of one pixel: the first level resizes it
         for (a, b), correct in zip(reversed(features), self.correct):  # 1/8, 1/4; phi is smooth: no finer
             phi = warp.resize_field(phi, a.shape[2:])
             for _ in range(2):
                 phi = phi + correct(torch.cat([warp.resample(a, phi, "border"), b, phi], 1)).float()
-        return warp.resize_field(phi, pad(I_a, 8).shape[2:])[..., :height, :width]
+        return warp.resize_field(phi, features[0][0].shape[2:])[..., :height, :width]
 
 class Translator(nn.Module):  # T: CycleGAN's generator, or, without blocks, what can hardly move anything
     def __init__(self, a, b, w, blocks):
